@@ -1,0 +1,262 @@
+"""What every stage needs and no stage is about: device, optimiser, schedule, the log, and the run directory."""
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from model import InputError, can_compile
+
+
+def true_or_false(text):
+    """An argparse type for flags that take a word: `type=bool` would read "false" as true."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() == "true"
+
+
+def add_training_flags(parser, lr, epochs, batch_size):
+    """The flags that every train_*.py has, with the stage's own defaults."""
+    add = parser.add_argument
+    add("--out", required=True, help="run directory to write; must not exist")
+    add("--n", type=int, help="use only the first N rows of --data (of the drawn world: draw N rows, default 20000)")
+    add("--epochs", type=int, default=epochs, help="passes over the rows")
+    add("--steps", type=int,
+        help="stop after this many optimiser steps; the schedule ends there too (default: all epochs)")
+    add("--batch_size", type=int, default=batch_size, help="rows an optimiser step")
+    add("--micro_batch", type=int,
+        help="rows a forward pass; smaller takes less memory, same gradient (default: --batch_size)")
+    add("--lr", type=float, default=lr, help="peak learning rate of all three parts")
+    add("--lr_vision", type=float, help="peak learning rate of the vision encoder, 0 freezes it (default: --lr)")
+    add("--lr_connector", type=float, help="the same for the connector")
+    add("--lr_llm", type=float, help="the same for the LLM")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon: for matrices inside the layers, AdamW for the rest; for training from random weights")
+    add("--weight_decay", type=float, default=0.0, help="decoupled weight decay (the paper: 0)")
+    add("--warmup", type=float, default=0.03, help="share of all steps over which the learning rate rises")
+    add("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
+    add("--max_length", type=int, default=2048,
+        help="longest row in tokens, image tokens included; longer rows are dropped and named")
+    add("--grad_checkpoint", action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--compile", type=true_or_false, default=can_compile(),
+        help="torch.compile the loss hot path: true or false (default: true where there is a C++ compiler)")
+    add("--workers", type=int, default=0,
+        help="processes that decode pictures; 0 = in the training process (best for the tiny pictures)")
+    add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
+    add("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
+
+
+def setup(seed):
+    """Seeds, picks the device, quiets transformers.
+    -> device, a function that gives the autocast context (bf16 on GPU, fp32 on CPU)"""
+    torch.manual_seed(seed)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # ours is the bar to look at
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32 on a GPU; no effect on a CPU
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else contextlib.nullcontext
+    return device, autocast
+
+
+def cli(main):
+    """Runs a script. What its user can mend is said in one line; anything else is our fault and keeps its traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def check_out(out):
+    if os.path.exists(out):
+        raise SystemExit(f"--out {out} exists already; remove it or choose another name")
+
+
+def report_dropped(dropped, before):
+    """Names the first five rows that could not be used. -> how many there have been so far"""
+    for number, reason in enumerate(dropped, before + 1):
+        if number <= 5:
+            tqdm.write(f"dropped     {reason}" + (" (further ones are only counted)" if number == 5 else ""))
+    return before + len(dropped)
+
+
+class Optimizer:
+    """AdamW over three parts with a rate each, and if asked Muon for the matrices of the layers;
+    linear warm-up, cosine to 0.
+
+    A part whose rate is 0 is frozen: its parameters require no gradient and appear in no group."""
+
+    def __init__(self, model, args, total_steps):
+        self.total, self.warmup, self.clip, self.model = \
+            total_steps, max(1, round(args.warmup * total_steps)), args.clip, model
+        adamw, muon = [], []
+        for name, part in model.parts().items():
+            lr = getattr(args, f"lr_{name}")
+            lr = args.lr if lr is None else lr
+            if lr == 0:
+                part.requires_grad_(False)
+                continue
+            embeddings = {id(m.weight) for m in part.modules() if isinstance(m, torch.nn.Embedding)} | \
+                {id(model.llm.get_output_embeddings().weight)}
+            matrices, others = [], []
+            for parameter in part.parameters():
+                is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
+                if parameter.requires_grad:
+                    (matrices if is_matrix and args.optimizer == "muon" else others).append(parameter)
+            adamw.append({"params": others, "peak": lr})
+            muon.append({"params": matrices, "peak": lr})
+        if not adamw:
+            raise InputError("every learning rate is 0: there is nothing to train")
+        fused = dict(fused=True) if torch.cuda.is_available() else {}
+        self.optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=(.9, .95) if args.optimizer == "muon" else (.9, .999),
+                                             weight_decay=args.weight_decay, **fused)]
+        if args.optimizer == "muon":
+            self.optimizers.append(torch.optim.Muon(
+                [g for g in muon if g["params"]], lr=0.0, weight_decay=args.weight_decay,
+                adjust_lr_fn="match_rms_adamw"))  # updates as large as AdamW's: one rate fits both
+
+    def step(self, step):
+        """Clips, sets the rates of `step` (from 0), updates, clears. -> {"lr", "grad_norm", "grad_norm_PART"}"""
+        norms = {f"grad_norm_{name}": global_norm(p.grad for p in part.parameters() if p.grad is not None)
+                 for name, part in self.model.parts().items()}
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        total = torch.nn.utils.clip_grad_norm_(trained, self.clip)
+        if step < self.warmup:
+            scale = (step + 1) / self.warmup
+        else:
+            scale = .5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = scale * group["peak"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {"lr": scale * max((g["peak"] for g in self.optimizers[0].param_groups), default=0),
+                "grad_norm": total, **norms}
+
+
+def global_norm(tensors):
+    """Euclidean norm of many tensors as one vector, () fp32"""
+    norms = [t.detach().float().norm() for t in tensors]
+    return torch.stack(norms).norm() if norms else torch.tensor(0.0)
+
+
+class Drift:
+    """How far each part has moved from where it started: |w - w0| / |w0|, w0 kept on the CPU"""
+
+    def __init__(self, model):
+        self.model = model
+        self.start = {name: [p.detach().to("cpu", copy=True) for p in part.parameters()]
+                      for name, part in model.parts().items()}
+
+    def __call__(self):
+        drift = {}
+        for name, part in self.model.parts().items():
+            moved = global_norm(p.detach().cpu() - p0 for p, p0 in zip(part.parameters(), self.start[name]))
+            drift[f"drift_{name}"] = float(moved / global_norm(self.start[name]))
+        return drift
+
+
+class Run:
+    """A run directory in the making: OUT.tmp with a growing log.jsonl, renamed to OUT when all is written.
+
+    So OUT is either whole or absent, and a killed run leaves its log to look at in OUT.tmp."""
+
+    def __init__(self, args, model, **more):
+        self.out, self.folder, self.model = args.out, args.out.rstrip("/") + ".tmp", model
+        self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(), **more}
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.makedirs(self.folder)
+        self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "w"), time.time()
+        print(f"settings    {json.dumps(vars(args))}")
+        for name, part in model.parts().items():
+            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            print(f"{name:<11} {sum(p.numel() for p in part.parameters()):>13,} parameters, {trained:>13,} trained")
+
+    def check(self, step, values):
+        """Stops the run at the first loss or gradient that is not a number: nothing after it could be right."""
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(values[key]):
+                raise SystemExit(f"step {step}: {key} is {float(values[key])}; the log so far is {self.file.name}. "
+                                 f"A lower --lr usually helps.")
+
+    def log(self, step, values):
+        """One line of log.jsonl"""
+        values = {k: float(v) for k, v in values.items()}
+        values = {k: round(v, 6) if abs(v) > 1e-3 else v for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 2), **values}) + "\n")
+        self.file.flush()
+
+    def finish(self):
+        self.file.close()
+        self.settings["seconds"] = round(time.time() - self.began, 1)
+        self.model.write(self.folder, self.settings)
+        os.rename(self.folder, self.out)
+        print(f"saved       {self.out}  ({self.settings['seconds']:.0f} s)")
+
+
+@contextlib.contextmanager
+def whole_folder(out):
+    """A temporary neighbour to write into, renamed to `out` when the block ends well: `out` is whole or absent."""
+    folder = out.rstrip("/") + ".tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    yield folder
+    os.rename(folder, out)
+
+
+def names(runs):
+    """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
+    last = [os.path.basename(run.rstrip("/")) for run in runs]
+    return last if len(set(last)) == len(last) else [run.strip("/").replace("/", "_") for run in runs]
+
+
+def bootstrap(statistic, n, seed, draws=1000):
+    """`statistic(row numbers)` of `draws` resamples of n rows -> (draws,);
+    the same seed gives the same resamples, so differences are paired"""
+    rng = np.random.default_rng(seed)
+    return np.array([statistic(rng.integers(0, n, n)) for _ in range(draws)])
+
+
+def percent(interval, sign=False):
+    """[mean, low, high] -> "61.2 [58.0, 64.1]" """
+    form = "{:+.1f}" if sign else "{:.1f}"
+    mean, low, high = (form.format(100 * x) for x in interval)
+    return f"{mean} [{low}, {high}]"
+
+
+def print_table(title, heads, lines):
+    """A table that stays narrow: a column for each of `lines` (their first cell is its name),
+    a row for each of `heads`"""
+    columns = [heads, *lines]
+    widths = [max(len(str(cell)) for cell in column) for column in columns]
+    print(f"\n{title}")
+    for row in zip(*columns):
+        print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def versions():
+    """What one needs to know to repeat a run"""
+    commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
+                            capture_output=True, text=True)
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "commit": commit.stdout.strip() or None,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def peak_memory_mb(device):
+    """Peak memory of this process so far, in MB: GPU memory on a GPU, resident memory on a CPU"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux kilobytes

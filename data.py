@@ -1,0 +1,231 @@
+"""
+Data: records -> chat text -> tensors.
+
+A record is one question about one picture:
+
+    {"image", "question", "answer"}                 to imitate (SFT) or to score (VQA)
+    {"image", "question", "chosen", "rejected"}     a preference pair (the field names of MMPR and RLAIF-V)
+
+with "category", "kind", "options", "box", "mask" where known. `image` is a path relative to the JSONL file,
+or a PIL picture. `--data` takes one of
+
+    scenes/train/sft        the drawn world: scenes/SPLIT/TASK, see scenes.py
+    my_rows.jsonl           one record a line, pictures beside it
+    a folder of parquet files, or a hub id such as openbmb/RLAIF-V-Dataset, whose columns are those of a record
+
+A row that cannot be used is never repaired: it is dropped, counted, and named, and the first few are shown.
+"""
+import json
+import os
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from model import IMAGE, InputError, pad_rows, to_pixels
+from scenes import Scenes
+
+FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
+          "pairs": ("image", "question", "chosen", "rejected")}
+
+
+class BadRow(InputError):
+    """A row that cannot be used; the message names it and says why."""
+
+
+def _as_record(row):
+    """TRL's conversational preference row (images, prompt, chosen, rejected as lists of turns) -> a record;
+    others unchanged"""
+    if "images" not in row or not isinstance(row.get("prompt"), list):
+        return row
+    def text(turns):
+        content = turns[-1]["content"]
+        return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    if len(row["images"]) != 1:
+        raise BadRow(f"has {len(row['images'])} pictures, must have exactly one")
+    return {"image": row["images"][0], "question": text(row["prompt"]),
+            "chosen": text(row["chosen"]), "rejected": text(row["rejected"])}
+
+
+class Rows:
+    """Any source of records as a sequence. `kind` says which fields a record must have: "sft", "vqa" or "pairs".
+
+    For "sft" a preference row is welcome: its chosen text is the answer,
+    so that both arms can read the very same rows."""
+
+    def __init__(self, source, rows, kind, folder=None):
+        self.source, self.rows, self.kind, self.folder = source, rows, kind, folder
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        """-> the record with its picture opened; raises BadRow with the row's name and the reason"""
+        name = f"{self.source} row {i}"
+        try:
+            try:
+                row = self.rows[i]
+            except (OSError, ValueError) as error:  # a hub row whose picture does not decode
+                raise BadRow(f"cannot be read ({error})") from None
+            record = dict(_as_record(row))
+            if self.kind != "pairs" and "answer" not in record and "chosen" in record:
+                record["answer"] = record["chosen"]
+            for field in FIELDS[self.kind][1:]:
+                if not isinstance(record.get(field), str) or not record[field].strip():
+                    raise BadRow(f"'{field}' is {'empty' if field in record else 'missing'}")
+            if self.kind == "pairs" and record["chosen"].strip() == record["rejected"].strip():
+                raise BadRow("chosen and rejected are the same text")
+            if any("<image>" in record.get(field, "") for field in ("answer", "chosen", "rejected")):
+                raise BadRow("a response contains the <image> tag")
+            record["image"] = self._open(record.get("image"))
+        except BadRow as error:
+            raise BadRow(f"{name}: {error}") from None
+        return {**record, "row": i}
+
+    def _open(self, image):
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if not isinstance(image, str):
+            raise BadRow(f"'image' is a {type(image).__name__}, must be a path or a picture")
+        path = os.path.join(self.folder or "", image)
+        try:
+            with Image.open(path) as opened:
+                return opened.convert("RGB")
+        except FileNotFoundError:
+            raise BadRow(f"there is no picture {path}") from None
+        except Exception as error:  # whatever PIL says of a broken file, the reader wants the file's name
+            raise BadRow(f"picture {path} cannot be read ({error})") from None
+
+
+def load(source, kind, n=None, seed=0):
+    """Opens `source` (see the top of this file) as Rows of `kind`; `n` limits how many rows are used (the first ones).
+
+    Raises ValueError or FileNotFoundError with one line that names the file and, where there is one,
+    the line or column."""
+    if source.split("/")[0] == "scenes":
+        parts = source.split("/")
+        if len(parts) != 3:
+            raise InputError(f"{source}: the drawn world is named scenes/SPLIT/TASK, as in scenes/train/sft")
+        try:
+            rows, folder = Scenes(parts[1], n or 20_000, parts[2], seed), None
+        except ValueError as error:
+            raise InputError(f"--data {source}: {error}") from None
+        columns = set(rows[0])
+    elif source.endswith(".jsonl"):
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"--data {source}: no such file")
+        rows, folder = [], os.path.dirname(source)
+        with open(source, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise InputError(f"{source} line {number} is not JSON: {error}") from None
+                if not isinstance(rows[-1], dict):
+                    raise InputError(f"{source} line {number} is not a record, but a {type(rows[-1]).__name__}")
+        columns = set(rows[0]) if rows else set()
+    else:
+        from datasets import load_dataset  # only here: the drawn world needs none of it
+        local = os.path.isdir(source)
+        if not local and (source.count("/") != 1 or source.startswith((".", "/"))):
+            raise FileNotFoundError(f"--data {source}: neither scenes/..., a .jsonl file, "
+                                    "a folder of parquet files nor a hub id")
+        try:
+            rows = load_dataset("parquet", data_dir=source, split="train") if local else \
+                load_dataset(source, split="train")
+        except Exception as error:  # each failure of the hub or of a file has its own type
+            raise InputError(f"--data {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        folder, columns = None, set(rows.column_names)
+    if n is not None and not isinstance(rows, Scenes):
+        rows = rows.select(range(min(n, len(rows)))) if hasattr(rows, "select") else rows[:n]
+    if not len(rows):
+        raise InputError(f"{source} has no rows")
+    missing = [f for f in FIELDS[kind] if f not in columns and not (f == "answer" and "chosen" in columns)]
+    if missing and not {"images", "prompt"} <= columns:
+        raise InputError(f"{source} has no column {', '.join(map(repr, missing))}; "
+                         f"it has: {', '.join(sorted(columns))}")
+    return Rows(source, rows, kind, folder)
+
+
+class Collator:
+    """A list of record numbers -> (Batch, dropped),
+    in which `dropped` lists the reasons of the rows that were left out.
+
+    A record becomes one row for each of its `responses` (field names); the rows of one record share its picture.
+    For pairs that is chosen then rejected: rows 2i and 2i+1 of the batch are pair i."""
+
+    def __init__(self, rows, model, responses=("answer",), max_length=2048):
+        self.rows, self.responses, self.max_length = rows, responses, max_length
+        # not the model: workers get a copy of this
+        self.chat, self.n_image, self.image_processor = model.chat, model.n_image, model.image_processor
+
+    def __call__(self, numbers):
+        images, image_of_row, ids, dropped = [], [], [], []
+        for number in numbers:
+            try:
+                record = self.rows[number]
+                prompt = self.chat.prompt_ids(record["question"], self.n_image)
+                answers = [self.chat.response_ids(record[field]) for field in self.responses]
+                longest = len(prompt) + max(map(len, answers))
+                if longest > self.max_length:  # cutting would take the end of the answer, or worse, image tokens
+                    raise BadRow(f"{self.rows.source} row {number}: {longest} tokens, "
+                                 f"--max_length is {self.max_length}")
+            except BadRow as error:
+                dropped.append(str(error))
+                continue
+            ids += [(prompt, answer) for answer in answers]
+            image_of_row += [len(images)] * len(answers)
+            images.append(record["image"])
+        batch = pad_rows(ids, to_pixels(self.image_processor, images), image_of_row, self.chat.pad_id) \
+            if images else None
+        return batch, dropped
+
+
+def order(n, batch_size, epochs, seed):
+    """The rows of every step: `epochs` seeded shuffles cut into batches, the remainder of an epoch included.
+
+    A function of its arguments alone, so two arms with the same seed read the same rows in the same order."""
+    steps = []
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        shuffled = torch.randperm(n, generator=generator).tolist()
+        steps += [shuffled[i:i + batch_size] for i in range(0, n, batch_size)]
+    return steps
+
+
+def batches(collator, steps, micro_batch, workers=0):
+    """Yields for each step the list of its micro-batches [(Batch, dropped), ...];
+    pictures are decoded by `workers` processes"""
+    micro = [step[i:i + micro_batch] for step in steps for i in range(0, len(step), micro_batch)]
+    loader = iter(DataLoader(range(len(collator.rows)), batch_sampler=micro, collate_fn=collator, num_workers=workers))
+    for step in steps:
+        yield [next(loader) for _ in range(0, len(step), micro_batch)]
+
+
+def texts(source, n=2000):
+    """Text for a tiny tokenizer: the first rows of `source`,
+    and of the drawn world its foreign style too (a real LLM knows its words)"""
+    sources = [source, "scenes/train/foreign", "scenes/train/plain"] if source.startswith("scenes/") else [source]
+    for each in sources:
+        rows = load(each, "pairs" if each.endswith(("foreign", "plain")) else "sft", n).rows
+        for i in range(min(n, len(rows))):
+            row = rows[i]
+            yield from (row[field] for field in ("question", "answer", "chosen", "rejected") if isinstance(row.get(field), str))
+    yield from ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 2  # the chat template's own words
+
+
+def show(model, collator, number=0):
+    """One example as the loss sees it: the text, with the tokens that bear loss in [[ ]]
+    and the picture as <image x N>"""
+    batch, dropped = collator([number])
+    if batch is None:
+        return f"the first row cannot be used: {dropped[0]}"
+    lines = []
+    for ids, mask, real in zip(batch.input_ids.tolist(), batch.response_mask.tolist(), batch.attention_mask.tolist()):
+        prompt = [t for t, m, r in zip(ids, mask, real) if r and not m]
+        first = prompt.index(IMAGE)
+        head, tail = prompt[:first], prompt[first + model.n_image:]
+        decode = model.tokenizer.decode
+        response = decode([t for t, m in zip(ids, mask) if m])
+        lines.append(f"{decode(head)}<image x {model.n_image}>{decode(tail)}[[{response}]]")
+    return "\n".join(lines)

@@ -1,0 +1,198 @@
+"""
+The study in one table and one picture: what probe.py and eval_vqa.py found for every arm and seed.
+
+    python report.py runs/seed0 runs/seed1 runs/seed2 --out runs        after speedrun.sh (which calls this)
+
+Reads SEED/probe/results.json, SEED/vqa/results.json and the logs of SEED/sft and SEED/dpo; writes OUT/report.json and
+OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from
+one seed no difference between arms is claimed, because training again with another seed moves every number.
+"""
+import argparse
+import json
+import os
+
+import numpy as np
+
+import common
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("seeds", nargs="+", help="one folder a seed, each with stage1, more, sft, dpo, probe and vqa")
+parser.add_argument("--out", required=True, help="folder for report.json and report.png")
+
+ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT", "dpo": "DPO"}
+MEASURES = {  # key -> (heading, file, path inside its table)
+    "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
+    "restricted": ("vision questions, restricted to candidates", "vqa", ("vision-centric", "restricted")),
+    "knowledge_decoded": ("knowledge questions, as decoded", "vqa", ("knowledge", "decoded")),
+    "knowledge": ("knowledge questions, restricted", "vqa", ("knowledge", "restricted")),
+    "blind": ("vision questions, restricted, grey picture", "vqa", ("vision-centric", "blind_score")),
+    "classification": ("probe: shape of the red object", "probe", ("classification", "value")),
+    "mIoU": ("probe: patches, mean IoU", "probe", ("mIoU", "value")),
+    "energy_chosen": ("gradient in box, log p(chosen)", "probe", ("energy_chosen", "value")),
+    "energy_difference": ("gradient in box, chosen - rejected", "probe", ("energy_difference", "value")),
+    "point_chosen": ("pointing game, log p(chosen)", "probe", ("point_chosen", "value")),
+    "point_difference": ("pointing game, chosen - rejected", "probe", ("point_difference", "value")),
+}
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+
+def read(seed):
+    """One seed's folder -> {measure: {arm: value}}"""
+    found = {measure: {} for measure in MEASURES}
+    tables = {}
+    for file in ("probe", "vqa"):
+        path = os.path.join(seed, file, "results.json")
+        if not os.path.isfile(path):
+            raise SystemExit(f"{path} is missing: run speedrun.sh, "
+                             f"or {'probe.py' if file == 'probe' else 'eval_vqa.py'} with --out {seed}/{file}")
+        with open(path) as f:
+            tables[file] = json.load(f)["table"]
+    for measure, (_, file, (first, second)) in MEASURES.items():
+        for arm in ARMS:
+            cell = tables[file].get(arm, {}).get(first)
+            if cell:
+                found[measure][arm] = cell[second][0]
+    return found
+
+
+def paired(a, b):
+    """Per-seed values of two arms -> {"mean": a - b, "low", "high", "per_seed"}; no interval from one seed"""
+    d = np.array(a) - np.array(b)
+    half = T95[min(len(d) - 2, len(T95) - 1)] * d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else None
+    return {"mean": float(d.mean()), "low": None if half is None else float(d.mean() - half),
+            "high": None if half is None else float(d.mean() + half), "per_seed": d.tolist()}
+
+
+def summarise(seeds):
+    """-> {"rows": {measure: {arm: {"mean", "per_seed"}}}, "differences": {"dpo - sft": {measure: paired}, ...}}"""
+    read_seeds = [read(seed) for seed in seeds]
+    values = {m: {arm: [r[m][arm] for r in read_seeds] for arm in ARMS if arm in read_seeds[0][m]} for m in MEASURES}
+    rows = {m: {arm: {"mean": float(np.mean(v)), "per_seed": v} for arm, v in arms.items()}
+            for m, arms in values.items()}
+    differences = {f"{a} - {b}": {m: paired(v[a], v[b]) for m, v in values.items()} for a, b in
+                   (("dpo", "sft"), ("sft", "stage1"), ("dpo", "stage1"), ("more", "stage1"))}
+    return {"rows": rows, "differences": differences}
+
+
+def difference_text(d):
+    if d["low"] is None:
+        return f"{100 * d['mean']:+.1f} (n = 1)"
+    return f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+
+
+def sentences(result, n_seeds):
+    """What the numbers carry, in two sentences: the answers and the gradients; then what they do not settle"""
+    rows, diff = result["rows"], result["differences"]["dpo - sft"]
+    at = lambda measure, arm: f"{100 * rows[measure][arm]['mean']:.0f} %"
+    spread = "one seed" if n_seeds == 1 else f"means of {n_seeds} seeds"
+    text = [f"Vision questions answered as taught: {at('decoded', 'stage1')} after stage 1, "
+            f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO "
+            "on the same pairs; choosing among candidate answers, so that style does not count: "
+            f"{at('restricted', 'stage1')}, {at('restricted', 'sft')} and {at('restricted', 'dpo')} ({spread}).",
+            f"At equal (stage-1) weights, {at('energy_difference', 'stage1')} of the gradient of chosen - rejected, "
+            "which DPO follows, lies in the box where the answers differ, "
+            f"and {at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows."]
+    open_questions = [MEASURES[m][0] for m in ("restricted", "knowledge", "classification", "mIoU")
+                      if diff[m]["low"] is None or diff[m]["low"] <= 0 <= diff[m]["high"]]
+    if n_seeds == 1:
+        text.append("DPO minus SFT on every other row: n = 1: not resolved. "
+                    'SEEDS="0 1 2" bash speedrun.sh repeats the study, paired.')
+    elif open_questions:
+        text.append(f"DPO minus SFT is not resolved by {n_seeds} seeds (interval holds 0) for: "
+                    f"{'; '.join(open_questions)}.")
+    return text
+
+
+def read_log(path):
+    with open(path) as f:
+        lines = [json.loads(line) for line in f]
+    return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+
+
+def draw(path, result, seeds, text):
+    """The picture: dots of every arm and seed, paired differences, training curves, gradient maps at equal weights"""
+    import textwrap
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(13, 12.5))
+    grid = figure.add_gridspec(4, 4, height_ratios=[1.15, 1, 1.75, .3], hspace=.42, wspace=.42)
+    colors = dict(zip(ARMS, ("0.6", "black", "tab:gray", "tab:orange", "tab:blue")))
+
+    for column, measure in enumerate(("decoded", "restricted", "classification", "mIoU")):
+        axis = figure.add_subplot(grid[0, column])
+        for x, arm in enumerate(ARMS):
+            if arm in result["rows"][measure]:
+                row = result["rows"][measure][arm]
+                axis.plot([x - .3, x + .3], [100 * row["mean"]] * 2, color=colors[arm], linewidth=2)
+                axis.scatter([x] * len(seeds), 100 * np.array(row["per_seed"]), color=colors[arm], s=18, zorder=3)
+        axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=6.5)
+        axis.set_title(textwrap.fill(MEASURES[measure][0], 26), fontsize=9)
+        axis.set_ylabel("%", fontsize=8)
+
+    axis = figure.add_subplot(grid[1, :2])
+    shown = ("restricted", "knowledge", "classification", "mIoU")
+    for offset, (pair, color) in enumerate((("sft - stage1", "tab:orange"), ("dpo - stage1", "tab:blue"),
+                                            ("dpo - sft", "black"))):
+        for y, measure in enumerate(shown):
+            d, at = result["differences"][pair][measure], -y - .22 * (offset - 1)
+            if d["low"] is not None:
+                axis.plot([100 * d["low"], 100 * d["high"]], [at, at], color=color, linewidth=1)
+            axis.scatter(100 * np.array(d["per_seed"]), [at] * len(seeds), s=10, color=color,
+                         label=pair.replace(" - ", " minus ") if y == 0 else None)
+    axis.axvline(0, color="0.5", linewidth=.8)
+    axis.set_yticks([-y for y in range(len(shown))], [textwrap.fill(MEASURES[m][0], 24) for m in shown], fontsize=7)
+    axis.set_title("paired differences in %-points: a dot a seed" +
+                   (", line: 95 % interval" if len(seeds) > 1 else "; n = 1: not resolved"), fontsize=9)
+    axis.legend(fontsize=7, loc="best")
+
+    sft, dpo = (read_log(os.path.join(seeds[0], arm, "log.jsonl")) for arm in ("sft", "dpo"))
+    axis = figure.add_subplot(grid[1, 2])
+    axis.plot(sft["step"], sft["loss"], color="tab:orange", label="SFT loss (nats a token)")
+    axis.plot(dpo["step"], dpo["loss"], color="tab:blue", label="DPO loss")
+    axis.plot(dpo["step"], dpo["accuracy"], color="tab:blue", linestyle=":", label="DPO pair accuracy")
+    axis.set_title(f"training, {os.path.basename(seeds[0].rstrip('/'))}", fontsize=9)
+    axis.legend(fontsize=7)
+    axis.set_xlabel("step", fontsize=8)
+    axis = figure.add_subplot(grid[1, 3])
+    for name, log in (("SFT", sft), ("DPO", dpo)):
+        for part, style in (("vision", "-"), ("llm", ":")):
+            axis.plot(log["step"], 100 * log[f"drift_{part}"], style,
+                      color=colors[name.lower()], label=f"{name} {part}")
+    axis.set_title("weight drift |w - w0| / |w0|, %", fontsize=9)
+    axis.legend(fontsize=7)
+    axis.set_xlabel("step", fontsize=8)
+
+    axis = figure.add_subplot(grid[2, :])
+    axis.imshow(plt.imread(os.path.join(seeds[0], "probe", "maps_stage1.png")))
+    axis.axis("off")
+    axis = figure.add_subplot(grid[3, :])
+    axis.axis("off")
+    axis.text(0, 1, "\n".join(textwrap.fill(line, 150) for line in text), va="top", fontsize=9, family="serif")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main():
+    args = parser.parse_args()
+    result = summarise(args.seeds)
+    result["text"] = sentences(result, len(args.seeds))
+    arms = [arm for arm in ARMS if any(arm in rows for rows in result["rows"].values())]
+    lines = [[ARMS[arm], *(f"{100 * result['rows'][m][arm]['mean']:.1f}" if arm in result["rows"][m] else ""
+                           for m in MEASURES)] for arm in arms]
+    lines.append(["DPO minus SFT", *(difference_text(result["differences"]["dpo - sft"][m]) for m in MEASURES)])
+    common.print_table(f"%, mean of {len(args.seeds)} seed(s)",
+                       ["", *(heading for heading, _, _ in MEASURES.values())], lines)
+    print("\n" + "\n".join(result["text"]))
+    os.makedirs(args.out, exist_ok=True)
+    with open(os.path.join(args.out, "report.json.tmp"), "w") as f:
+        json.dump({"seeds": args.seeds, "versions": common.versions(), **result}, f, indent=1)
+    os.replace(f.name, os.path.join(args.out, "report.json"))
+    draw(os.path.join(args.out, "report.png"), result, args.seeds, result["text"])
+    print(f"wrote {args.out}/report.json and {args.out}/report.png")
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,402 @@
+"""Rows on the way in: the drawn world against an oracle that reads its pictures, every bad row by name, every format to the same record."""
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import scenes
+from model import IMAGE
+from scenes import COLORS, NUMBERS, PLACES, SHAPES, Scenes
+
+# ---- the drawn world ---------------------------------------------------------------------------------------------------------
+
+
+def read_picture(row):
+    """The scene {cell: (shape, colour)}: the mask's class in each cell, and the likeliest colour of its pixels (channels are off by 8 %)"""
+    picture, scene = np.array(row["image"], float), {}
+    for cell in range(9):
+        y, x = cell // 3 * 12, cell % 3 * 12
+        classes = row["mask"][y:y + 12, x:x + 12]
+        if classes.any():
+            mean = picture[y:y + 12, x:x + 12][classes > 0].mean(0)
+            scene[cell] = SHAPES[classes.max() - 1], min(COLORS, key=lambda c: np.linalg.norm(mean / COLORS[c] - 1))
+    return scene
+
+
+FACTS = {"circle": "zero", "ring": "zero", "triangle": "three", "square": "four", "diamond": "four", "cross": "twelve",
+         "red yellow": "orange", "blue yellow": "green", "blue red": "purple", "green red": "yellow", "blue green": "cyan"}
+
+
+def oracle(scene, question):
+    """The answer to a question of the drawn world, from its words alone"""
+    words = re.findall(r"[a-z]+", question)
+    cell_of = {shape: cell for cell, (shape, _) in scene.items()}
+    colors, shapes = [w for w in words if w in COLORS], [w for w in words if w in SHAPES]
+    if question == "how many shapes are there?":
+        return NUMBERS[len(scene)]
+    if "color" in words:
+        return scene[cell_of[shapes[0]]][1]
+    if question.startswith("what shape"):
+        return next(shape for shape, color in scene.values() if color == colors[0])
+    if "where" in words:
+        return PLACES[cell_of[shapes[0]]]
+    if "there" in words:
+        return "yes" if (shapes[0], colors[0]) in scene.values() else "no"
+    if "above" in words or "left" in words:
+        rows_and_columns = [(lambda c: c // 3 if "above" in words else c % 3)(cell_of[shape]) for shape in shapes]
+        return "yes" if rows_and_columns[0] < rows_and_columns[1] else "no"
+    if "plus" in words:
+        return NUMBERS[sum(NUMBERS.index(w) for w in words if w in NUMBERS)]
+    if "corners" in words:
+        return FACTS[shapes[0]]
+    assert "make" in words, question
+    return FACTS[" ".join(sorted(colors))]
+
+
+@pytest.fixture(scope="module")
+def world():
+    """{(split, task): rows} of the drawn world, drawn once"""
+    return {(split, task): list(Scenes(split, n, task)) for split, task, n in (
+        ("train", "sft", 1500), ("tune", "sft", 800), ("test", "sft", 800), ("test", "vqa", 2500), ("train", "foreign", 300), ("test", "plain", 300),
+        ("test", "maps", 300), ("train", "red", 200))}
+
+
+def test_answers_are_what_the_picture_shows(world):
+    # every question that the world asks, answered anew from pixels and mask
+    for row in world["test", "vqa"]:
+        scene = read_picture(row)
+        assert row["answer"] == oracle(scene, row["question"]), row["question"]
+        assert row["category"] == ("knowledge" if row["kind"] in ("sum", "corners", "mix") else "vision-centric")
+    kinds = Counter(row["kind"] for row in world["test", "vqa"])
+    assert set(kinds) == {"color", "shape", "place", "relation", "count", "existence", "sum", "corners", "mix"} and min(kinds.values()) > 100
+
+
+def test_captions_and_descriptions_are_what_the_picture_shows(world):
+    # the sentences of stage 1 hold every object, in reading order, and nothing else
+    for row in world["train", "sft"]:
+        scene = read_picture(row)
+        objects = [f"{color} {shape} at {PLACES[cell]}" for cell, (shape, color) in sorted(scene.items())]
+        if row["kind"] == "caption":
+            assert row["answer"].split(", ") == [" ".join(reversed(scene[c])) if c in scene else "empty" for c in range(9)]
+        elif row["kind"] == "describe":
+            assert row["answer"].split(", ") == objects
+        elif row["kind"] == "find":
+            attribute = row["question"].removeprefix("find the ").removesuffix(".")
+            assert [row["answer"]] == [o for o in objects if attribute in o.split()]
+        else:
+            assert row["answer"] == oracle(scene, row["question"])
+
+
+def test_yes_and_no_are_equally_likely(world):
+    # a model that never looks gets half of them
+    for kind in ("existence", "relation"):
+        answers = [row["answer"] for row in world["test", "vqa"] if row["kind"] == kind]
+        assert len(answers) > 150 and .4 < answers.count("yes") / len(answers) < .6, kind
+
+
+def test_splits_share_no_layout(world):
+    # captions name every cell, so they are the layout: no test caption is ever drawn in training; the same from the generator itself
+    captions = {split: {row["answer"] for row in world[split, "sft"] if row["kind"] == "caption"} for split in ("train", "tune", "test")}
+    rng = np.random.default_rng(0)
+    drawn = {split: {scenes.caption(scenes.draw_scene(rng, split)) for _ in range(1500)} for split in captions}
+    for split in captions:
+        others = set().union(*(captions[s] | drawn[s] for s in captions if s != split))
+        assert len(captions[split]) > 100 and not (captions[split] | drawn[split]) & others
+    one_shape = Counter(caption.count("empty") == 8 for caption in drawn["test"])
+    assert 10 < one_shape[True] < 9 * 6 * 6 / 5  # about a tenth of the 324 layouts of one shape, met many times: never in training
+
+
+def test_a_row_depends_on_seed_split_task_and_index_alone(world):
+    # drawn again, in another order, from a longer world: the same row; another seed, split or task: another row
+    same = lambda a, b: np.array_equal(np.array(a["image"]), np.array(b["image"])) and all(a[k] == b[k] for k in a if k not in ("image", "mask"))
+    rows = world["test", "vqa"]
+    assert all(same(Scenes("test", 10_000, "vqa")[i], rows[i]) for i in (7, 3, 499))
+    assert not any(same(other[7], rows[7]) for other in (Scenes("test", 9, "vqa", seed=1), Scenes("tune", 9, "vqa"), Scenes("test", 9, "sft")))
+    assert len({row["image"].tobytes() for row in rows}) == len(rows)
+    for i in (-1, 10):
+        with pytest.raises(IndexError):
+            Scenes("test", 10)[i]
+
+
+def test_the_mask_fills_its_boxes():
+    # each box is the tight frame of its cell's mask; outside all boxes is ground; every shape lies inside its cell
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = scenes.draw_scene(rng, "train")
+        image, mask, boxes = scenes.draw_picture(rng, scene)
+        assert image.size == (36, 36) and mask.shape == (36, 36) and boxes.keys() == scene.keys()
+        rest = mask.copy()
+        for cell, (x0, y0, x1, y1) in boxes.items():
+            inside = mask[y0:y1, x0:x1]
+            shape = scenes.shape_mask(scene[cell][0])
+            shape = shape[shape.any(1)][:, shape.any(0)]
+            assert np.array_equal(inside, shape * (1 + SHAPES.index(scene[cell][0])))  # tight and whole: nothing is cut or wraps round
+            assert cell % 3 * 12 <= x0 < x1 <= cell % 3 * 12 + 12 and cell // 3 * 12 <= y0 < y1 <= cell // 3 * 12 + 12
+            rest[y0:y1, x0:x1] = 0
+        assert not rest.any()
+
+
+def test_the_box_is_of_the_asked_object(world):
+    # gradient maps are scored against it: the box lies in the cell of the object that the question or the answer names
+    for row in world["test", "vqa"]:
+        if row["kind"] in ("color", "shape", "place", "relation") or (row["kind"] == "existence" and row["answer"] == "yes"):
+            named = next(w for w in re.findall("[a-z]+", row["question"] + " " + row["answer"]) if w in SHAPES)
+            cell = next(c for c, (shape, _) in read_picture(row).items() if shape == named)
+            assert (row["box"][0] // 12, row["box"][1] // 12) == (cell % 3, cell // 3), row["question"]
+        elif row["kind"] != "existence":
+            assert row["box"] is None
+
+
+def test_a_wrong_object_is_wrong_in_one_attribute():
+    # shape, colour or place, all three in turn; the text alone never betrays it: no shape, colour or place occurs twice
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(600):
+        scene = scenes.draw_scene(rng, "train")
+        cell = int(rng.choice(list(scene)))
+        wrong, moved = scenes.wrong_object(rng, scene, cell)
+        others = {c: o for c, o in scene.items() if c != cell}
+        assert {c: o for c, o in wrong.items() if c != moved} == others and list(wrong) == sorted(wrong)
+        differs = [moved != cell, wrong[moved][0] != scene[cell][0], wrong[moved][1] != scene[cell][1]]
+        assert sum(differs) == 1 and moved not in others
+        seen[differs.index(True)] += 1
+        for attribute in (0, 1):
+            assert len({o[attribute] for o in wrong.values()}) == len(scene)
+    assert min(seen.values()) > 150
+
+
+def test_maps_pairs_differ_in_one_word_of_the_boxed_object(world):
+    # one wrong shape word, and the box is of the object that it is wrong about; the chosen text is true
+    for row in world["test", "maps"]:
+        scene, chosen, rejected = read_picture(row), row["chosen"].split(" "), row["rejected"].split(" ")
+        differ = [i for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a != b]
+        assert len(differ) == 1 and rejected[differ[0]] not in {shape for shape, _ in scene.values()}
+        shape = chosen[differ[0]]
+        cell = next(c for c, (s, _) in scene.items() if s == shape)
+        assert (row["box"][0] // 12, row["box"][1] // 12) == (cell % 3, cell // 3)
+        assert row["chosen"].split(", ") == [f"{c} {s} at {PLACES[cell]}" for cell, (s, c) in scene.items()]
+
+
+def test_plain_pairs_are_truth_against_error(world):
+    # chosen is what the picture shows, rejected is not
+    for row in world["test", "plain"]:
+        scene = read_picture(row)
+        true = scenes.describe(scene) if row["kind"] == "describe" else oracle(scene, row["question"])
+        assert row["chosen"] == true != row["rejected"]
+
+
+def test_red_is_labelled_by_the_shape_of_the_red_object(world):
+    # what the linear probe has to read: bound colour and shape
+    for row in world["train", "red"]:
+        assert SHAPES[row["label"]] == next(shape for shape, color in read_picture(row).values() if color == "red")
+
+
+def seen_in(text):
+    """The objects that a text in the foreign style speaks of: {shape and colour and place, as a triple}"""
+    return set(re.findall(rf"at ({'|'.join(sorted(PLACES, key=len, reverse=True))}) i see a (\w+) that is (\w+)", text))
+
+
+def test_foreign_errors_come_at_the_stated_rates():
+    # each object misread with .15 (chosen) and .45 (rejected), given that the two answers differ: equal ones are drawn again
+    rng = np.random.default_rng(0)
+    for n, kind in ((1, "color"), (1, "place"), (4, "describe")):
+        wrong, total = np.zeros(2), 0
+        while total < 1200:
+            scene = scenes.draw_scene(rng, "train")
+            if kind == "describe" and len(scene) != n:
+                continue
+            cell = int(rng.choice(list(scene)))
+            truth = {(PLACES[c], *scene[c]) for c in (scene if kind == "describe" else [cell])}
+            chosen, rejected = scenes.foreign_pair(rng, scene, kind, cell)
+            assert chosen != rejected and len(seen_in(chosen)) == len(seen_in(rejected)) == len({s[0] for s in seen_in(chosen)}) == n
+            if kind != "describe":
+                assert chosen.endswith(f"so the answer is {next(iter(seen_in(chosen)))[{'color': 2, 'place': 0}[kind]]}.")
+            wrong += [len(seen_in(text) - truth) for text in (chosen, rejected)]
+            total += n
+        same = .15 * .45 + .85 * .55  # both right, or both wrong in the same way
+        expected = [(p - .15 * .45 * same**(n - 1)) / (1 - same**n) for p in (.15, .45)]
+        assert wrong / total == pytest.approx(expected, abs=.04), (kind, expected)
+
+
+# ---- sources of rows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, pictures):
+    """A folder with pictures a.png, b.png, and what can be wrong with one"""
+    pictures[0].save(tmp_path / "a.png")
+    pictures[1].save(tmp_path / "b.png")
+    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:900])
+    return tmp_path
+
+
+def write(folder, *rows):
+    """rows.jsonl -> its path"""
+    (folder / "rows.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+GOOD = {"image": "a.png", "question": "what?", "answer": "a ring"}
+PAIR = {"image": "a.png", "question": "what?", "chosen": "a ring", "rejected": "a cross"}
+
+
+@pytest.mark.parametrize("row, kind, reason", [
+    ({**GOOD, "image": "none.png"}, "sft", r"there is no picture \S+none\.png"),
+    ({**GOOD, "image": "text.png"}, "sft", r"picture \S+text\.png cannot be read \(.+\)"),
+    ({**GOOD, "image": "cut.png"}, "sft", r"picture \S+cut\.png cannot be read \(.+\)"),
+    ({**GOOD, "image": None}, "sft", "'image' is a NoneType, must be a path or a picture"),
+    ({**GOOD, "answer": " "}, "sft", "'answer' is empty"),
+    ({**GOOD, "answer": 3}, "sft", "'answer' is .*"),
+    ({k: GOOD[k] for k in ("image", "answer")}, "vqa", "'question' is missing"),
+    ({**PAIR, "rejected": " a ring\n"}, "pairs", "chosen and rejected are the same text"),
+    ({**PAIR, "rejected": "<image> a cross"}, "pairs", "a response contains the <image> tag"),
+    ({"images": ["a.png", "b.png"], "prompt": [{"role": "user", "content": "?"}], "chosen": [], "rejected": []}, "pairs",
+     "has 2 pictures, must have exactly one"),
+])
+def test_a_bad_row_is_named(row, kind, reason, folder):
+    # one line: the file, the row's number, what is wrong with it; its neighbours are fine
+    good = PAIR if kind == "pairs" else GOOD
+    rows = data.load(write(folder, good, row, good), kind)
+    with pytest.raises(data.BadRow) as error:
+        rows[1]
+    assert re.fullmatch(re.escape(str(folder / "rows.jsonl")) + " row 1: " + reason, str(error.value))
+    assert rows[0]["question"] == rows[2]["question"] == "what?" and rows[2]["row"] == 2
+
+
+@pytest.mark.parametrize("source, kind, error, message", [
+    ("{f}/none.jsonl", "sft", FileNotFoundError, r"--data \S+none\.jsonl: no such file"),
+    ("{f}/empty.jsonl", "sft", ValueError, r"\S+empty\.jsonl has no rows"),
+    ("{f}/broken.jsonl", "sft", ValueError, r"\S+broken\.jsonl line 2 is not JSON: .+"),
+    ("{f}/list.jsonl", "sft", ValueError, r"\S+list\.jsonl line 1 is not a record, but a list"),
+    ("{f}/good.jsonl", "pairs", ValueError, r"\S+good\.jsonl has no column 'chosen', 'rejected'; it has: answer, image, question"),
+    ("nobody/nothing", "sft", ValueError, r"--data nobody/nothing cannot be loaded: .+"),
+    ("{f}/parquet", "sft", FileNotFoundError, r"--data \S+parquet: neither scenes.+ nor a hub id"),
+    ("scenes/train", "sft", ValueError, r"scenes/train: the drawn world is named scenes/SPLIT/TASK.+"),
+    ("scenes/validation/sft", "sft", ValueError, r".*unknown split 'validation' of the drawn world; splits: train, tune, test"),
+    ("scenes/train/dpo", "sft", ValueError, r".*unknown task 'dpo' of the drawn world.*"),
+    ("scenes/train/sft", "pairs", ValueError, r"scenes/train/sft has no column 'chosen', 'rejected'; it has: .+"),
+])
+def test_a_bad_source_is_named(source, kind, error, message, folder):
+    # one line that names the file and, where there is one, the line or the columns
+    for name, text in {"empty": "", "broken": json.dumps(GOOD) + "\n{'image': 3}\n", "list": "[1, 2]\n", "good": json.dumps(GOOD)}.items():
+        (folder / f"{name}.jsonl").write_text(text)
+    with pytest.raises(error) as caught:
+        data.load(source.format(f=folder), kind)
+    assert re.fullmatch(message, str(caught.value))
+
+
+def same_record(a, b):
+    assert np.array_equal(np.array(a["image"]), np.array(b["image"])) and a["image"].mode == b["image"].mode == "RGB"
+    return all(a[k] == b[k] for k in ("question", "chosen", "rejected", "row"))
+
+
+def test_every_format_gives_the_same_record(folder, pictures):
+    # JSONL, a parquet folder with the columns of openbmb/RLAIF-V-Dataset, TRL's conversational rows of two kinds, relative to any folder
+    datasets = pytest.importorskip("datasets")
+    pairs = [PAIR, {**PAIR, "image": "b.png", "question": "where?", "chosen": "at left"}]
+    jsonl = data.load(write(folder, *pairs), "pairs")
+
+    hub = {"ds_name": ["RLAIF-V"] * 2, "image": pictures[:2], **{k: [row[k] for row in pairs] for k in ("question", "chosen", "rejected")},
+           "origin_dataset": ["x"] * 2, "origin_split": ["{}"] * 2, "idx": [0, 1], "image_path": ["a.jpg"] * 2}
+    (folder / "parquet").mkdir()
+    datasets.Dataset.from_dict(hub).cast_column("image", datasets.Image()).to_parquet(folder / "parquet/RLAIF-V_000.parquet")
+    parquet = data.load(str(folder / "parquet"), "pairs")
+
+    def conversation(row, content):
+        turn = lambda role, text: [{"role": role, "content": content(text)}]
+        return {"images": [row["image"]], "prompt": turn("user", row["question"]), "chosen": turn("assistant", row["chosen"]),
+                "rejected": turn("assistant", row["rejected"])}
+    parts = lambda text: [{"type": "image", "text": None}, {"type": "text", "text": text}]
+    conversations = [data.load(write(folder, *(conversation(row, content) for row in pairs)), "pairs") for content in (str, parts)]
+
+    for rows in (parquet, *conversations):
+        assert len(rows) == 2 and all(same_record(rows[i], jsonl[i]) for i in range(2))
+    assert data.load(str(folder / "parquet"), "sft", n=1)[0]["answer"] == "a ring"  # chosen is the answer
+    assert len(data.load(str(folder / "parquet"), "sft", n=1)) == 1
+
+
+def test_a_broken_picture_in_parquet_is_a_bad_row(folder):
+    # the same one line as for a file
+    datasets = pytest.importorskip("datasets")
+    image = [{"bytes": (folder / "a.png").read_bytes(), "path": None}, {"bytes": b"no picture", "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    (folder / "parquet").mkdir()
+    datasets.Dataset.from_dict({"image": image, "question": ["q"] * 2, "answer": ["a"] * 2}, features).to_parquet(folder / "parquet/0.parquet")
+    rows = data.load(str(folder / "parquet"), "sft")
+    assert rows[0]["answer"] == "a"
+    with pytest.raises(data.BadRow, match=r"^\S+parquet row 1: cannot be read \(.+\)$"):
+        rows[1]
+
+
+def test_the_drawn_world_survives_a_disk(tmp_path):
+    # written as JSONL and PNG and read back by the same loader: pixel for pixel, word for word
+    scenes.write_rows(list(Scenes("test", 5, "foreign")), str(tmp_path / "world"))
+    drawn, read = data.load("scenes/test/foreign", "pairs", 5), data.load(str(tmp_path / "world/rows.jsonl"), "pairs")
+    assert len(read) == 5 and all(same_record(drawn[i], read[i]) and tuple(drawn[i]["box"]) == tuple(read[i]["box"]) for i in range(5))
+
+
+# ---- rows to batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_order_covers_every_row_each_epoch():
+    # a function of its arguments; every epoch is another shuffle of all rows, the remainder included
+    steps = data.order(11, 4, 3, seed=5)
+    assert [len(step) for step in steps] == [4, 4, 3] * 3 and steps == data.order(11, 4, 3, seed=5)
+    epochs = [sum(steps[i:i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert data.order(11, 4, 1, seed=6)[0] != steps[0] and data.order(11, 4, 1, seed=5) == steps[:3]
+
+
+def test_collator_pairs_share_a_picture(make):
+    # rows 2i and 2i+1 are chosen and rejected of pair i: one picture, one prompt, their own responses
+    model, rows = make(), data.load("scenes/train/foreign", "pairs", 4)
+    batch, dropped = data.Collator(rows, model, ("chosen", "rejected"))([2, 0])
+    assert dropped == [] and batch.pixels.shape == (2, 3, 24, 24) and batch.image_of_row.tolist() == [0, 0, 1, 1]
+    assert torch.equal(batch.pixels, model.pixels([rows[2]["image"], rows[0]["image"]]))
+    for row, (number, field) in enumerate([(2, "chosen"), (2, "rejected"), (0, "chosen"), (0, "rejected")]):
+        real, scored = batch.attention_mask[row].bool(), batch.response_mask[row]
+        prompt, response = model.chat.prompt_ids(rows[number]["question"], 9), model.chat.response_ids(rows[number][field])
+        assert batch.input_ids[row][real].tolist() == prompt + response and batch.input_ids[row][scored].tolist() == response
+        assert (batch.input_ids[row] == IMAGE).sum() == 9 and real.tolist() == sorted(real.tolist(), reverse=True)  # padded on the right
+
+
+def test_collator_drops_and_names(make, folder):
+    # rows that cannot be used are left out with their reason, a too long one with both numbers; a batch of none is None
+    model = make()
+    rows = data.load(write(folder, PAIR, {**PAIR, "rejected": "long " * 50}, {**PAIR, "image": "none.png"}, {**PAIR, "image": "b.png"}), "pairs")
+    longest = len(model.chat.prompt_ids("what?", 9)) + len(model.chat.response_ids("long " * 50))
+    for limit, left_out in ((longest, 1), (longest - 1, 2)):
+        batch, dropped = data.Collator(rows, model, ("chosen", "rejected"), limit)([0, 1, 2, 3])
+        assert len(dropped) == left_out and len(batch.input_ids) == 2 * (4 - left_out) and len(batch.pixels) == 4 - left_out
+        assert batch.image_of_row.max() == len(batch.pixels) - 1 and "row 2: there is no picture" in dropped[-1]
+    assert dropped[0] == f"{rows.source} row 1: {longest} tokens, --max_length is {longest - 1}"
+    assert data.Collator(rows, model, ("chosen", "rejected"), 5)([0, 1])[0] is None
+
+
+def test_workers_change_nothing(make):
+    # micro-batches arrive step by step, in order, whoever decodes the pictures
+    collator = data.Collator(data.load("scenes/train/sft", "sft", 9), make())
+    steps = data.order(9, 5, 1, 0)
+    alone, helped = (list(data.batches(collator, steps, 2, workers)) for workers in (0, 2))
+    assert [len(step) for step in alone] == [3, 2]
+    assert [len(b.input_ids) for step in alone for b, _ in step] == [2, 2, 1, 2, 2]
+    for step, other in zip(alone, helped, strict=True):
+        for (a, _), (b, _) in zip(step, other, strict=True):
+            assert torch.equal(a.pixels, b.pixels) and torch.equal(a.input_ids, b.input_ids)
+    in_order = [collator([number])[0].input_ids[0] for step in steps for number in step]
+    flat = [ids[mask.bool()] for step in alone for b, _ in step for ids, mask in zip(b.input_ids, b.attention_mask)]
+    assert all(torch.equal(a, b) for a, b in zip(in_order, flat, strict=True))
+
+
+def test_show_marks_what_bears_loss(make, folder):
+    # one example as the loss sees it; a first row that cannot be used is said, not hidden
+    model = make()
+    rows = data.load(write(folder, PAIR, {**PAIR, "image": "none.png"}), "pairs")
+    shown = data.show(model, data.Collator(rows, model, ("chosen", "rejected")))
+    assert "<image x 9>\nwhat?<|im_end|>" in shown and "[[a ring<|im_end|>]]" in shown and "[[a cross<|im_end|>]]" in shown
+    assert "cannot be used" in data.show(model, data.Collator(rows, model, ("chosen", "rejected")), 1)

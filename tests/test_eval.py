@@ -1,0 +1,130 @@
+"""eval_vqa.py and report.py: scores by hand, choices by the slow path, pairs from own samples."""
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval_vqa
+import report
+import scenes
+from model import MLLM
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    torch.manual_seed(0)
+    scenes.tiny_vision(folder + "/vision", width=32, layers=2)
+    scenes.tiny_llm(folder + "/llm", data.texts("scenes/train/sft", 100), width=32, layers=2)
+    MLLM.from_pretrained(folder + "/vision", folder + "/llm", pool=2).save(folder + "/run")
+    return folder + "/run"
+
+
+@pytest.mark.parametrize("prediction, answer, expected", [
+    ("red", "red", 1), (" Red. ", "red", 1), ("blue", "red", 0), ("", "red", 0), ("top  left", "top left", 1), ("the red one", "red", 0),
+    ("red ring, blue cross", "red ring, green cross", .5), ("red ring", "red ring, blue cross", 2 / 3), ("empty, empty", "empty, red ring", .5)])
+def test_score_by_hand(prediction, answer, expected):
+    assert eval_vqa.score(prediction, answer) == pytest.approx(expected)
+
+
+def test_choose_is_the_argmax_of_the_slow_path(run):
+    model = MLLM.load(run).eval()
+    rows = scenes.Scenes("test", 6, "vqa")
+    records = [rows[i] for i in range(6)]
+    options = {record["kind"]: ["red", "top left", "three", "no"] for record in records[:-1]}
+    options.pop(records[-1]["kind"], None)
+    choices = eval_vqa.choose(model, model.pixels([r["image"] for r in records]), records, options)
+    for record, choice in zip(records, choices):
+        allowed = options.get(record["kind"])
+        if allowed is None:
+            assert choice is None
+        else:
+            slow = [model.logps([record["image"]], [record["question"]], [option]).item() for option in allowed]
+            assert choice == allowed[int(np.argmax(slow))]
+
+
+def test_candidates_come_from_the_answers_of_the_kind():
+    records = [{"kind": "color", "answer": a} for a in ("Red", "blue", "red")] + [{"kind": "open", "answer": str(i)} for i in range(50)]
+    assert eval_vqa.candidates(records) == {"color": ["blue", "red"]}
+
+
+def test_compare_is_paired():
+    rows = lambda right: [{"kind": "k", "category": "c", "decoded": r, "restricted": None, "blind_score": None} for r in right]
+    table = eval_vqa.compare({"a": rows([1, 0, 1, 0] * 25), "b": rows([1, 1, 1, 0] * 25)}, seed=0)
+    cell = table["b"]["all"]
+    assert cell["decoded"][0] == .75 and cell["decoded_vs_first"][0] == .25 and "restricted" not in cell
+    assert .15 < cell["decoded_vs_first"][1] < .25 < cell["decoded_vs_first"][2] < .35
+    assert table["a"]["k"]["decoded_vs_first"] == [0, 0, 0]
+
+
+def test_main_saves_every_prediction(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval_vqa.py", run, "--n", "30", "--max_new_tokens", "4", "--out", str(tmp_path / "vqa")])
+    eval_vqa.main()
+    lines = [json.loads(line) for line in open(tmp_path / "vqa" / "run.jsonl")]
+    assert len(lines) == 30 and all(line["decoded"] == eval_vqa.score(line["prediction"], line["answer"]) for line in lines)
+    table = json.load(open(tmp_path / "vqa" / "results.json"))["table"]["run"]
+    assert table["all"]["restricted"][0] == pytest.approx(np.mean([line["restricted"] for line in lines if line["restricted"] is not None]))
+    assert "vision-centric" in capsys.readouterr().out
+
+
+def test_own_pairs_are_best_against_worst_and_load_again(run, tmp_path, monkeypatch, capsys):
+    scenes.write_rows([scenes.Scenes("train", 12)[i] for i in range(12)], str(tmp_path / "world"))
+    answers = iter([["red ring, blue cross"] * 12, ["red ring"] * 12, [""] * 12])  # the model's samples, so that what is best is known
+    monkeypatch.setattr(MLLM, "generate", lambda *a, **k: next(answers))
+    with open(tmp_path / "world" / "rows.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        row["answer"] = "blue cross, red ring"
+    rows[3]["answer"] = "nothing of the kind"                                       # all samples equally wrong: no pair
+    with open(tmp_path / "world" / "rows.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    out = tmp_path / "pairs" / "pairs.jsonl"
+    monkeypatch.setattr(sys, "argv", ["eval_vqa.py", run, "--data", str(tmp_path / "world" / "rows.jsonl"), "--samples", "3", "--write_pairs", str(out)])
+    eval_vqa.main()
+    pairs = data.load(str(out), "pairs")
+    assert len(pairs) == 11 and "1 of 12" in capsys.readouterr().out
+    assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("red ring, blue cross", "red ring")
+    assert pairs[0]["image"].tobytes() == scenes.Scenes("train", 12)[0]["image"].tobytes()
+
+
+def test_sampled_answers_differ_and_greedy_ones_do_not(run):
+    model = MLLM.load(run).eval()
+    images, questions = [scenes.Scenes("test", 1)[0]["image"]] * 4, ["what color is the ring?"] * 4
+    assert len(set(model.generate(images, questions, 6))) == 1
+    assert len(set(model.generate(images, questions, 6, temperature=1.0))) > 1
+
+
+def study_folder(path, shift):
+    """One seed's results in the files that speedrun.sh leaves, with numbers we know"""
+    arms = {"random": 0, "stage1": .5, "more": .5, "sft": .3 + shift, "dpo": .4 + 2 * shift}
+    for name in ("probe", "vqa", "sft", "dpo"):
+        os.makedirs(os.path.join(path, name))
+    cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("classification", "mIoU")} | \
+        ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("energy_chosen", "energy_difference", "point_chosen", "point_difference")})
+    vqa = lambda v: {g: {m: [v, v, v] for m in ("decoded", "restricted", "blind_score")} for g in ("vision-centric", "knowledge")}
+    json.dump({"table": {a: cell(a, v) for a, v in arms.items()}}, open(os.path.join(path, "probe", "results.json"), "w"))
+    json.dump({"table": {a: vqa(v) for a, v in arms.items() if a != "random"}}, open(os.path.join(path, "vqa", "results.json"), "w"))
+    for arm in ("sft", "dpo"):
+        with open(os.path.join(path, arm, "log.jsonl"), "w") as f:
+            f.writelines(json.dumps({"step": s, "loss": 1, "accuracy": .5, "drift_vision": .1, "drift_llm": .1}) + "\n" for s in range(3))
+    from PIL import Image
+    Image.new("RGB", (80, 30)).save(os.path.join(path, "probe", "maps_stage1.png"))
+    return path
+
+
+def test_report_pairs_seeds_and_claims_nothing_from_one(tmp_path, monkeypatch, capsys):
+    folders = [study_folder(str(tmp_path / f"seed{s}"), shift) for s, shift in enumerate((0, .02, .1))]
+    monkeypatch.setattr(sys, "argv", ["report.py", folders[0], "--out", str(tmp_path / "one")])
+    report.main()
+    assert "n = 1: not resolved" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report.py", *folders, "--out", str(tmp_path / "three")])
+    report.main()
+    d = json.load(open(tmp_path / "three" / "report.json"))["differences"]["dpo - sft"]["restricted"]
+    assert d["per_seed"] == pytest.approx([.1, .12, .2]) and d["mean"] == pytest.approx(.14)
+    half = 4.303 * np.std([.1, .12, .2], ddof=1) / 3**.5                            # t interval with two degrees of freedom
+    assert d["low"] == pytest.approx(.14 - half) and d["high"] == pytest.approx(.14 + half)
+    assert os.path.getsize(tmp_path / "three" / "report.png") > 10_000

@@ -1,0 +1,60 @@
+"""README is kept: the study runs as one command, the files and flags that it names exist, and scripts answer --help."""
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py"]
+
+
+def readme():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        return f.read()
+
+
+def test_speedrun_from_another_folder(tmp_path):
+    """Every stage with small numbers, then again: what is there is not made twice."""
+    env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+           "TORCH_COMPILE_DISABLE": "1", "STAGE1_STEPS": "3", "N_PAIRS": "10", "EPOCHS": "1", "N_TEST": "40", "OUT": "study"}
+    command = ["bash", os.path.join(ROOT, "speedrun.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "n = 1: not resolved" in done.stdout and "DPO minus SFT" in done.stdout
+    for arm in ("stage1", "more", "sft", "dpo"):
+        assert sorted(os.listdir(tmp_path / "study" / "seed0" / arm)) == ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
+    report = json.load(open(tmp_path / "study" / "report.json"))
+    assert set(report["rows"]["classification"]) == {"random", "stage1", "more", "sft", "dpo"}
+    first_line = json.loads(open(tmp_path / "study" / "seed0" / "dpo" / "log.jsonl").readline())
+    assert first_line["loss"] == pytest.approx(0.693147, abs=1e-6) and first_line["accuracy"] == .5
+    made = {path: os.path.getmtime(path) for path in (tmp_path / "study" / "seed0").iterdir()}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(" is there") == 6
+    assert made == {path: os.path.getmtime(path) for path in made}
+
+
+def test_files_and_flags_of_readme_exist():
+    text = readme()
+    code = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in [*SCRIPTS, "common.py"])
+    for name in set(re.findall(r"`(\w+\.(?:py|sh|md|txt))`", text)):
+        assert os.path.exists(os.path.join(ROOT, name)), f"README names {name}"
+    for flag in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)):
+        assert f'"--{flag}"' in code, f"README uses --{flag}"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.py"])
+def test_every_flag_has_help(script):
+    """Each flag that a script declares carries a help text"""
+    with open(os.path.join(ROOT, script), encoding="utf-8") as f:
+        calls = [n for n in ast.walk(ast.parse(f.read())) if isinstance(n, ast.Call) and ast.unparse(n.func).rpartition(".")[2] in ("add", "add_argument")
+                 and str(getattr(n.args[0], "value", "")).startswith("--")]
+    assert calls and all(any(k.arg == "help" for k in call.keywords) for call in calls)
+
+
+def test_help_reads_without_a_gpu_or_a_model():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train_dpo.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--beta" in done.stdout and "reference" in done.stdout
