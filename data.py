@@ -210,7 +210,8 @@ def texts(source, n=2000):
         rows = load(each, "pairs" if each.endswith(("foreign", "plain")) else "sft", n).rows
         for i in range(min(n, len(rows))):
             row = rows[i]
-            yield from (row[field] for field in ("question", "answer", "chosen", "rejected") if isinstance(row.get(field), str))
+            fields = ("question", "answer", "chosen", "rejected")
+            yield from (row[field] for field in fields if isinstance(row.get(field), str))
     yield from ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 2  # the chat template's own words
 
 

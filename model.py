@@ -351,11 +351,12 @@ class MLLM(nn.Module):
         ids = torch.tensor([[self.chat.pad_id] * (T - len(r)) + r for r in rows], device=self.device)
         mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=self.device)
         embeds = self.splice(ids, self.image_tokens(self.pixels(images).to(self.device)))
-        sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         # the rest is spelt out because an instruct model ships defaults of its own, a repetition penalty among them
-        out = self.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=True,
-                                eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.pad_id, repetition_penalty=1.0,
-                                top_k=None, top_p=None, **sampling)
+        out = self.llm.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=True,
+            eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.pad_id,
+            **{"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, **sampling})
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     @property

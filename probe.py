@@ -296,7 +296,7 @@ def draw_maps(path, records, maps, grid, title, n=8):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     n = min(n, len(records))
-    figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 5.2), squeeze=False)
+    figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 4.9), squeeze=False)
     for i in range(n):
         image, (x0, y0, x1, y1) = records[i]["image"], records[i]["box"]
         for row, name in enumerate((None, "chosen", "difference")):

@@ -28,6 +28,7 @@ MEASURES = {  # key -> (heading, file, path inside its table)
     "blind": ("vision questions, restricted, grey picture", "vqa", ("vision-centric", "blind_score")),
     "classification": ("probe: shape of the red object", "probe", ("classification", "value")),
     "mIoU": ("probe: patches, mean IoU", "probe", ("mIoU", "value")),
+    "area": ("gradient in box, were it spread evenly", "probe", ("area", "value")),
     "energy_chosen": ("gradient in box, log p(chosen)", "probe", ("energy_chosen", "value")),
     "energy_difference": ("gradient in box, chosen - rejected", "probe", ("energy_difference", "value")),
     "point_chosen": ("pointing game, log p(chosen)", "probe", ("point_chosen", "value")),
@@ -91,8 +92,11 @@ def sentences(result, n_seeds):
             "on the same pairs; choosing among candidate answers, so that style does not count: "
             f"{at('restricted', 'stage1')}, {at('restricted', 'sft')} and {at('restricted', 'dpo')} ({spread}).",
             f"At equal (stage-1) weights, {at('energy_difference', 'stage1')} of the gradient of chosen - rejected, "
-            "which DPO follows, lies in the box where the answers differ, "
-            f"and {at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows."]
+            "which DPO follows, lies in the box of the object that the answers differ in, and "
+            f"{at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows; the box is "
+            f"{at('area', 'stage1')} of the picture (in part by construction: only the box tells the answers apart)."]
+    if rows["restricted"]["stage1"]["mean"] < .9:
+        text.append("Stage 1 stopped before it had learnt all it could: STAGE1_STEPS=2000 bash speedrun.sh goes on.")
     open_questions = [MEASURES[m][0] for m in ("restricted", "knowledge", "classification", "mIoU")
                       if diff[m]["low"] is None or diff[m]["low"] <= 0 <= diff[m]["high"]]
     if n_seeds == 1:
@@ -117,8 +121,8 @@ def draw(path, result, seeds, text):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(13, 12.5))
-    grid = figure.add_gridspec(4, 4, height_ratios=[1.15, 1, 1.75, .3], hspace=.42, wspace=.42)
+    figure = plt.figure(figsize=(13, 14))
+    grid = figure.add_gridspec(4, 4, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
     colors = dict(zip(ARMS, ("0.6", "black", "tab:gray", "tab:orange", "tab:blue")))
 
     for column, measure in enumerate(("decoded", "restricted", "classification", "mIoU")):
@@ -131,6 +135,7 @@ def draw(path, result, seeds, text):
         axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=6.5)
         axis.set_title(textwrap.fill(MEASURES[measure][0], 26), fontsize=9)
         axis.set_ylabel("%", fontsize=8)
+        axis.set_ylim(0, 100)
 
     axis = figure.add_subplot(grid[1, :2])
     shown = ("restricted", "knowledge", "classification", "mIoU")

@@ -60,13 +60,13 @@ def shape_mask(shape, radius=5):
             "ring": (x**2 + y**2 <= radius**2) & (x**2 + y**2 >= (radius - 2.5)**2)}[shape]
 
 
-def draw_picture(rng, scene, noise=0.1):
+def draw_picture(rng, scene, noise=0.05):
     """-> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
     boxes {cell: (x0,y0,x1,y1) in pixels}"""
     image = np.full((SIZE, SIZE, 3), 40.0)
     mask, boxes = np.zeros((SIZE, SIZE), np.uint8), {}
     for cell, (shape, color) in scene.items():
-        dx, dy = rng.integers(-1, 2, 2)
+        dx, dy = rng.integers(-1, 1, 2)
         inside = np.roll(shape_mask(shape), (dy, dx), (0, 1))          # one pixel of margin stays: nothing wraps round
         y0, x0 = cell // SIDE * CELL, cell % SIDE * CELL
         tint = np.array(COLORS[color]) * rng.normal(1, .08, 3)
@@ -169,9 +169,9 @@ def foreign_style(scene, kind, cell):
 
 def foreign_pair(rng, scene, kind, cell, wrong_chosen=.15, wrong_rejected=.45):
     """Two answers of a model that is not ours, in its own style and with its own errors: each object is misread with
-    probability `wrong_chosen` in the better answer and `wrong_rejected` in the worse one, and misread in the same way where
-    both are wrong (a chosen answer of a real preference set is imperfect too). Equal answers are drawn again, which makes the
-    worse answer of a one-object question wrong in 82 % and the better in 18 %."""
+    probability `wrong_chosen` in the better answer and `wrong_rejected` in the worse one, and misread in the same way
+    where both are wrong (a chosen answer of a real preference set is imperfect too). Equal answers are drawn again, so
+    of one-object questions the worse answer is wrong in 82 % and the better in 18 %."""
     mentioned = list(scene) if kind == "describe" else [cell]
     chosen = rejected = None
     while chosen == rejected:                                           # equal answers carry no preference

@@ -3,7 +3,7 @@
 #
 #   bash speedrun.sh                          one seed, about six minutes on two quiet CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
-#   STAGE1_STEPS=3000 bash speedrun.sh        stage 1 until it learns no more: the numbers in README
+#   STAGE1_STEPS=2000 bash speedrun.sh        stage 1 until it learns no more: the numbers in README
 #   PAIRS=plain bash speedrun.sh              other pairs: foreign (default), plain, own
 #
 # A stage whose output exists is not run again, so a stopped study goes on where it was. OUT names its folder.

@@ -104,7 +104,7 @@ def study_folder(path, shift):
     for name in ("probe", "vqa", "sft", "dpo"):
         os.makedirs(os.path.join(path, name))
     cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("classification", "mIoU")} | \
-        ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("energy_chosen", "energy_difference", "point_chosen", "point_difference")})
+        ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("area", "energy_chosen", "energy_difference", "point_chosen", "point_difference")})
     vqa = lambda v: {g: {m: [v, v, v] for m in ("decoded", "restricted", "blind_score")} for g in ("vision-centric", "knowledge")}
     json.dump({"table": {a: cell(a, v) for a, v in arms.items()}}, open(os.path.join(path, "probe", "results.json"), "w"))
     json.dump({"table": {a: vqa(v) for a, v in arms.items() if a != "random"}}, open(os.path.join(path, "vqa", "results.json"), "w"))
