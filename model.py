@@ -67,8 +67,8 @@ class Chat:
     are two marker words is rendered once, and what stands before, between and after the markers is the template's text.
     So prompt = head + image + question + middle is exactly what generation starts from, and response = answer + tail
     holds the answer and the template's own end of turn ("<|im_end|>", "<|eot_id|>", ...), less trailing white space
-    that no model needs to learn. Prompt and response are tokenised apart,
-    so training sees the very ids that generation continues."""
+    that no model needs to learn. Prompt and response are tokenised apart, so training sees the very ids that generation
+    continues."""
 
     def __init__(self, tokenizer, system=SYSTEM):
         self.tokenizer = tokenizer
@@ -94,8 +94,7 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(self, question, n_image):
-        """ids of everything before the response, with `n_image` placeholders where the picture goes
-        (before the question)"""
+        """ids of all that precedes the response, with `n_image` placeholders for the picture before the question"""
         question = question.replace("<image>", "").strip()  # some data sets write the tag; the place is ours
         return self._ids(self.head) + [IMAGE] * n_image + self._ids("\n" + question + self.middle)
 
@@ -105,12 +104,11 @@ class Chat:
 
 @dataclass
 class Batch:
-    """What one forward pass needs. Several rows may use one picture: `image_of_row` says which,
-    and it is encoded once."""
+    """What one forward pass needs. Rows may share a picture, which is encoded once; `image_of_row` says which is whose"""
     pixels: torch.Tensor         # (I,3,H,W)
     image_of_row: torch.Tensor   # (B,) index into pixels
     input_ids: torch.Tensor      # (B,T) right-padded; IMAGE marks the image tokens
-    attention_mask: torch.Tensor # (B,T) 1 = a real token
+    attention_mask: torch.Tensor  # (B,T) 1 = a real token
     response_mask: torch.Tensor  # (B,T) True = a token of the response, which is what the loss is about
 
     def to(self, device):
@@ -139,8 +137,7 @@ def to_pixels(image_processor, images):
 
 
 def token_logps(hidden, weight, bias, targets):
-    """log p(target) at each position, from the last hidden states;
-    the hot path of every loss, and what --compile compiles.
+    """log p(target) at each position from the last hidden states: the hot path of every loss, what --compile compiles.
 
     hidden (M,D), weight (V,D), bias (V,) or None, targets (M,) -> (M,) in fp32. M counts response tokens only."""
     logits = F.linear(hidden, weight, bias).float()                                 # (M,V)
@@ -154,8 +151,7 @@ def can_compile():
 
 
 def swap(vision, modules):
-    """Puts {name: module} in their places inside `vision` and returns what stood there,
-    so that swapping twice undoes it."""
+    """Puts {name: module} in their places inside `vision` and returns what stood there: swapping twice undoes it."""
     previous = {name: vision.get_submodule(name) for name in modules}
     for name, module in modules.items():
         vision.set_submodule(name, module)
@@ -179,7 +175,7 @@ def take_off_tail(vision, depth):
 class MLLM(nn.Module):
     """A vision encoder, a connector and an LLM. Make one with `from_pretrained` (parts) or `load` (a run directory)."""
 
-    def __init__(self, vision, image_processor, llm, tokenizer, feature_layer=-2, pool=1, connector=None):
+    def __init__(self, vision, image_processor, llm, tokenizer, feature_layer=-2, pool=1):
         super().__init__()
         n_layers, n_special = vision.config.num_hidden_layers, VISION_FAMILIES[vision.config.model_type][1]
         depth = feature_layer if feature_layer >= 0 else n_layers + 1 + feature_layer  # as an index of hidden_states
@@ -201,7 +197,7 @@ class MLLM(nn.Module):
                              f"of {self.grid[0]}x{self.grid[1]} patches; use pool 1")
         self.n_image = self.grid[0] * self.grid[1] // pool**2
         d_llm = llm.get_input_embeddings().weight.shape[1]
-        self.connector = connector or Connector(vision.config.hidden_size, d_llm, pool)
+        self.connector = Connector(vision.config.hidden_size, d_llm, pool)
         self._token_logps = token_logps
         for module in self.modules():  # neither paper uses dropout, and DPO's policy must start equal to its reference
             for name in ("dropout", "attention_dropout", "drop_prob", "p"):
@@ -245,8 +241,7 @@ class MLLM(nn.Module):
         return model
 
     def write(self, folder, settings):
-        """Writes vision/, llm/, connector.safetensors and config.json (`settings` and what `load` needs)
-        into `folder`."""
+        """Writes vision/, llm/, connector.safetensors and config.json (`settings`, and what `load` needs)."""
         without_tail = swap(self.vision, self.vision_tail)
         try:
             self.vision.save_pretrained(os.path.join(folder, "vision"))
@@ -282,9 +277,9 @@ class MLLM(nn.Module):
         return to_pixels(self.image_processor, images)
 
     def features(self, pixels):
-        """pixels (B,3,H,W) -> (B,N',D_vision): patch tokens at `feature_layer`,
-        before any final norm, no CLS, no registers"""
-        # the tail is off, so "last" is feature_layer
+        """pixels (B,3,H,W) -> (B,N',D_vision): patch tokens at `feature_layer`, before any final norm
+
+        No CLS, no registers; the encoder's tail is off, so its "last" layer is `feature_layer`."""
         return self.vision(pixel_values=pixels).last_hidden_state[:, self.n_special:]
 
     def image_tokens(self, pixels):
@@ -307,8 +302,7 @@ class MLLM(nn.Module):
         """Log-probability of every response token: Batch -> (B,T-1) in fp32, 0 where there is no response token.
 
         Column t holds log p(token t+1 | tokens <= t). Only response positions meet the vocabulary: the (B,T,V) logits
-        of prompt and picture are never made. `image_tokens` (I,N,D) may be given,
-        so that a gradient with respect to them can be taken."""
+        of prompt and picture are never made. `image_tokens` (I,N,D) may be given, to take a gradient with respect to it."""
         if image_tokens is None:
             image_tokens = self.image_tokens(batch.pixels)                              # (I,N,D), each picture once
         embeds = self.splice(batch.input_ids, image_tokens[batch.image_of_row])         # (B,T,D)
@@ -320,7 +314,7 @@ class MLLM(nn.Module):
                                   batch.input_ids[:, 1:][scored])                       # (M,)
         return torch.zeros(scored.shape, device=logps.device).masked_scatter(scored, logps)
 
-    def compile(self):
+    def compile_hot_path(self):
         """Compiles the loss hot path. `dynamic`: the number of response tokens changes with every batch."""
         self._token_logps = torch.compile(token_logps, dynamic=True)
 
@@ -331,8 +325,7 @@ class MLLM(nn.Module):
             part.gradient_checkpointing_enable({"use_reentrant": False})
 
     def logps(self, images, questions, responses):
-        """Summed log-probability of each response, (B,) fp32: one row at a time, all logits, no padding.
-        Slow, obviously right."""
+        """Summed log-probability of each response, (B,) fp32: row by row, all logits, no padding. Slow, plainly right."""
         sums = []
         for image, question, response in zip(images, questions, responses, strict=True):
             prompt, answer = self.chat.prompt_ids(question, self.n_image), self.chat.response_ids(response)

@@ -74,8 +74,8 @@ def main():
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
-        model.compile()
-        reference.compile()
+        model.compile_hot_path()
+        reference.compile_hot_path()
     run, drift = (common.Run(args, model, parent=args.init, data=args.data, rows=len(rows), total_steps=len(steps)),
                   common.Drift(model))
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")

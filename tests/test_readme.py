@@ -1,12 +1,17 @@
 """README is kept: the study runs as one command, the files and flags that it names exist, and scripts answer --help."""
 import ast
+import importlib
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+import scenes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py"]
@@ -35,6 +40,44 @@ def test_speedrun_from_another_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(" is there") == 6
     assert made == {path: os.path.getmtime(path) for path in made}
+
+
+def commands(section):
+    """The indented `python SCRIPT ...` lines of a section of README, continued lines joined -> [[script, flag, ...], ...]"""
+    text = readme().split(f"## {section}")[1].split("\n## ")[0].replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in text.split("\n") if line.startswith("    python ")]
+
+
+def test_own_data_commands_run(tmp_path, monkeypatch):
+    """README's section on your own data, line by line, on a folder of that format; only steps and sizes are made small."""
+    monkeypatch.chdir(tmp_path)
+    for task, name in (("sft", "train"), ("vqa", "test"), ("foreign", "pairs")):
+        rows = scenes.Scenes("train", 12, task)
+        scenes.write_rows([rows[i] for i in range(12)], name)
+        with open(f"{name}/rows.jsonl") as rows, open(f"{name}.jsonl", "w") as f:
+            f.writelines(line.replace("images/", f"{name}/images/", 1) for line in rows)
+    for split in ("train", "test"):
+        for label in ("odd", "even"):
+            os.makedirs(f"photos/{split}/{label}")
+        for i in range(12):
+            shutil.copy(f"train/images/{i}.png", f"photos/{split}/{('even', 'odd')[i % 2]}/{i}.png")
+    small = {"train_sft.py": ["--steps", "1", "--batch_size", "4"], "train_dpo.py": ["--steps", "1", "--batch_size", "4"],
+             "eval_vqa.py": ["--max_new_tokens", "3"], "probe.py": ["--seeds", "1"]}
+    ran = []
+    for script, *flags in commands("Your own data"):
+        monkeypatch.setattr("sys.argv", [script, *flags, *small[script], *(["--compile", "false"] if script.startswith("train") else [])])
+        importlib.import_module(script.removesuffix(".py")).main()
+        ran.append(script)
+    assert ran == ["train_sft.py", "train_sft.py", "train_dpo.py", "eval_vqa.py", "probe.py", "eval_vqa.py"]
+    assert os.path.exists("runs/my/vqa/results.json") and os.path.exists("pairs.jsonl")
+
+
+def test_real_weight_commands_parse():
+    """The commands for hub weights cannot run here; their flags are the scripts' own."""
+    found = commands("Real weights")
+    assert len(found) >= 3
+    for script, *flags in found:
+        importlib.import_module(script.removesuffix(".py")).parser.parse_args(flags)  # an unknown flag would exit
 
 
 def test_files_and_flags_of_readme_exist():
