@@ -104,7 +104,7 @@ class Chat:
 
 @dataclass
 class Batch:
-    """What one forward pass needs. Rows may share a picture, which is encoded once; `image_of_row` says which is whose"""
+    """What one forward pass needs. Rows may share a picture, encoded once; `image_of_row` says which is whose"""
     pixels: torch.Tensor         # (I,3,H,W)
     image_of_row: torch.Tensor   # (B,) index into pixels
     input_ids: torch.Tensor      # (B,T) right-padded; IMAGE marks the image tokens
@@ -302,7 +302,7 @@ class MLLM(nn.Module):
         """Log-probability of every response token: Batch -> (B,T-1) in fp32, 0 where there is no response token.
 
         Column t holds log p(token t+1 | tokens <= t). Only response positions meet the vocabulary: the (B,T,V) logits
-        of prompt and picture are never made. `image_tokens` (I,N,D) may be given, to take a gradient with respect to it."""
+        of prompt and picture are never made. `image_tokens` (I,N,D) may be given, to take a gradient there."""
         if image_tokens is None:
             image_tokens = self.image_tokens(batch.pixels)                              # (I,N,D), each picture once
         embeds = self.splice(batch.input_ids, image_tokens[batch.image_of_row])         # (B,T,D)
@@ -325,7 +325,7 @@ class MLLM(nn.Module):
             part.gradient_checkpointing_enable({"use_reentrant": False})
 
     def logps(self, images, questions, responses):
-        """Summed log-probability of each response, (B,) fp32: row by row, all logits, no padding. Slow, plainly right."""
+        """Summed log-probability of each response, (B,) fp32: row by row, all logits, no padding. The oracle."""
         sums = []
         for image, question, response in zip(images, questions, responses, strict=True):
             prompt, answer = self.chat.prompt_ids(question, self.n_image), self.chat.response_ids(response)

@@ -3,14 +3,14 @@
 #
 #   bash speedrun.sh                          one seed, about six minutes on two quiet CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
-#   STAGE1_STEPS=2000 bash speedrun.sh        stage 1 until it learns no more: the numbers in README
+#   STAGE1_STEPS=1500 bash speedrun.sh        stage 1 until it learns no more: the numbers in README
 #   PAIRS=plain bash speedrun.sh              other pairs: foreign (default), plain, own
 #
 # A stage whose output exists is not run again, so a stopped study goes on where it was. OUT names its folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-900} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
-N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-3} LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}  # 5000 pairs, 64 a step, 3 epochs: 237 steps
+SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
+N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2} LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}  # 5000 pairs, 64 a step: 158 steps
 
 stage() {  # stage OUTPUT SCRIPT FLAGS...: runs the script unless its output is there
   local output=$1 script=$2; shift 2
@@ -21,7 +21,7 @@ folders=()
 for seed in $SEEDS; do
   run=$OUT/seed$seed
   folders+=("$run")
-  stage "$run/stage1" train_sft.py --seed "$seed" --optimizer muon --steps "$STAGE1_STEPS" --n $((64 * STAGE1_STEPS))
+  stage "$run/stage1" train_sft.py --seed "$seed" --optimizer muon --batch_size 96 --n $((96 * STAGE1_STEPS))
 
   pairs=scenes/train/$PAIRS
   if [ "$PAIRS" = own ]; then
