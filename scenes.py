@@ -23,8 +23,8 @@ from PIL import Image
 CELL, SIDE = 12, 3                       # pixels a cell, cells a side: pictures of 36x36 pixels
 SIZE = CELL * SIDE
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
-COLORS = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230),
-          "yellow": (225, 210, 60), "purple": (170, 60, 200), "cyan": (60, 205, 215)}
+COLORS = {"red": (255, 85, 80), "green": (80, 255, 85), "blue": (85, 80, 255),  # equally bright
+          "yellow": (195, 195, 30), "purple": (195, 30, 195), "cyan": (30, 195, 195)}
 PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 SPLITS = {"train": range(0, 80), "tune": range(80, 90), "test": range(90, 100)}  # per cent of all layouts
@@ -82,8 +82,11 @@ def draw_picture(rng, scene, noise=0.05):
 
 
 def caption(scene):
-    """Every cell in reading order: "red ring, empty, empty, ..." """
-    return ", ".join(f"{scene[c][1]} {scene[c][0]}" if c in scene else "empty" for c in range(SIDE * SIDE))
+    """Every cell in reading order, the shape first: "ring red, empty, empty, ..."
+
+    Shape is harder to see than colour; said second, it waits for the LLM to look at the same cell once more, and stage 1
+    can stay on that plateau for a thousand steps."""
+    return ", ".join(" ".join(scene.get(cell, ["empty"])) for cell in range(SIDE * SIDE))
 
 
 def describe(scene):

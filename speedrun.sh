@@ -3,18 +3,30 @@
 #
 #   bash speedrun.sh                          one seed, about six minutes on two quiet CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
-#   STAGE1_STEPS=1500 bash speedrun.sh        stage 1 until it learns no more: the numbers in README
-#   PAIRS=plain bash speedrun.sh              other pairs: foreign (default), plain, own
+#   STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh     stage 1 for longer: the numbers in README
+#   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own
 #
-# A stage whose output exists is not run again, so a stopped study goes on where it was. OUT names its folder.
+# A stage whose output exists is not run again, so a stopped study goes on where it was.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
-N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2} LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}  # 5000 pairs, 64 a step: 158 steps
+N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
+LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}
+
+settings="STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST N_PAIRS=$N_PAIRS EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO"
+mkdir -p "$OUT"
+[ -e "$OUT/settings.txt" ] || echo "$settings" > "$OUT/settings.txt"
+if [ "$settings" != "$(cat "$OUT/settings.txt")" ]; then
+  echo "$OUT holds a study with other settings: $(cat "$OUT/settings.txt")" >&2
+  echo "Name another folder, as in OUT=runs/other bash speedrun.sh" >&2
+  exit 1
+fi
 
 stage() {  # stage OUTPUT SCRIPT FLAGS...: runs the script unless its output is there
   local output=$1 script=$2; shift 2
-  if [ -e "$output" ]; then echo "== $output is there"; else echo "== $script $* --out $output"; python "$here/$script" "$@" --out "$output"; fi
+  if [ -e "$output" ]; then echo "== $output is there"; return; fi
+  echo "== $script $* --out $output"
+  python "$here/$script" "$@" --out "$output"
 }
 
 folders=()
@@ -26,14 +38,17 @@ for seed in $SEEDS; do
   pairs=scenes/train/$PAIRS
   if [ "$PAIRS" = own ]; then
     pairs=$run/own.jsonl
-    [ -e "$pairs" ] || python "$here/eval_vqa.py" "$run/stage1" --data scenes/train/sft --n "$N_PAIRS" --seed "$((seed + 500))" --samples 4 --write_pairs "$pairs"
+    [ -e "$pairs" ] || python "$here/eval_vqa.py" "$run/stage1" --data scenes/train/sft --n "$N_PAIRS" \
+      --seed "$((seed + 500))" --samples 4 --write_pairs "$pairs"
   fi
-  same="--init $run/stage1 --n $N_PAIRS --epochs $EPOCHS --seed $((seed + 1000))"  # rows that stage 1 has not seen, in one order for all arms
-  stage "$run/more" train_sft.py $same --lr "$LR_SFT" --data scenes/train/sft
-  stage "$run/sft"  train_sft.py $same --lr "$LR_SFT" --data "$pairs"
-  stage "$run/dpo"  train_dpo.py $same --lr "$LR_DPO" --data "$pairs"
+  # rows that stage 1 has not seen, in one order for all arms
+  same=(--init "$run/stage1" --n "$N_PAIRS" --epochs "$EPOCHS" --seed "$((seed + 1000))")
+  stage "$run/more" train_sft.py "${same[@]}" --lr "$LR_SFT" --data scenes/train/sft
+  stage "$run/sft"  train_sft.py "${same[@]}" --lr "$LR_SFT" --data "$pairs"
+  stage "$run/dpo"  train_dpo.py "${same[@]}" --lr "$LR_DPO" --data "$pairs"
 
-  stage "$run/probe" probe.py    "$run/stage1" "$run/more" "$run/sft" "$run/dpo" --seed "$seed" --n "$N_TEST"
-  stage "$run/vqa"   eval_vqa.py "$run/stage1" "$run/more" "$run/sft" "$run/dpo" --seed "$seed" --n "$N_TEST"
+  arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo")
+  stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST"
+  stage "$run/vqa"   eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST"
 done
 python "$here/report.py" "${folders[@]}" --out "$OUT"

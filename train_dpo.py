@@ -2,9 +2,8 @@
 Direct preference optimisation: the model learns to tell the better answer from the worse,
 and the vision encoder learns too.
 
-    python train_dpo.py --init runs/stage1 --out runs/dpo            pairs of the drawn world
-    python train_dpo.py --init runs/stage1 --data pairs.jsonl --out runs/dpo --lr 1e-6
-                                                                     your own pairs {image, question, chosen, rejected}
+    python train_dpo.py --init runs/stage1 --n 5000 --out runs/dpo   pairs of the drawn world
+    python train_dpo.py --init runs/stage1 --data pairs.jsonl --lr 1e-6 --out runs/dpo   your own pairs
 
 Each picture is encoded once for both answers, so the encoder's gradient is that of chosen and rejected together. The
 reference is the starting checkpoint, frozen and in eval mode; log-probs are sums over response tokens (PIVOT, arXiv

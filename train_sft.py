@@ -4,8 +4,8 @@ Supervised fine-tuning: the model imitates the answers. It serves twice:
     stage 1   from random weights or from hub weights to a model that answers (the shared start of all arms)
     stage 2   from a run, on the chosen answers of preference pairs (the arm that DPO is compared with)
 
-    python train_sft.py --out runs/stage1                                      drawn world, tiny model, minutes on a CPU
-    python train_sft.py --init runs/stage1 --data pairs.jsonl --out runs/sft   stage 2: `chosen` is the answer
+    python train_sft.py --optimizer muon --batch_size 96 --n 57600 --out runs/stage1   drawn world, tiny model, minutes
+    python train_sft.py --init runs/stage1 --data pairs.jsonl --lr 1e-3 --out runs/sft   stage 2: `chosen` is the answer
     python train_sft.py --vision google/siglip2-so400m-patch16-384 --llm Qwen/Qwen2.5-1.5B-Instruct \\
         --lr_vision 0 --lr_llm 0 --lr 1e-3 --data captions.jsonl --out runs/connector   connector first, as LLaVA does
 

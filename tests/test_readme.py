@@ -40,6 +40,8 @@ def test_speedrun_from_another_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(" is there") == 6
     assert made == {path: os.path.getmtime(path) for path in made}
+    done = subprocess.run(command, cwd=tmp_path, env={**env, "STAGE1_STEPS": "4"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "other settings" in done.stderr                 # never a mixture of two studies
 
 
 def commands(section):
