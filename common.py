@@ -32,7 +32,7 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--n", type=int, help="use only the first N rows of --data (of the drawn world: draw N rows, default 20000)")
     add("--epochs", type=int, default=epochs, help="passes over the rows")
     add("--steps", type=int,
-        help="stop after this many optimiser steps; the schedule ends there too (default: all epochs)")
+        help="stop after this many optimiser steps, in as many passes as they take (default: --epochs passes)")
     add("--batch_size", type=int, default=batch_size, help="rows an optimiser step")
     add("--micro_batch", type=int,
         help="rows a forward pass; smaller takes less memory, same gradient (default: --batch_size)")
@@ -99,6 +99,8 @@ class Optimizer:
     def __init__(self, model, args, total_steps):
         self.total, self.warmup, self.clip, self.model = \
             total_steps, max(1, round(args.warmup * total_steps)), args.clip, model
+        if total_steps < 1:
+            raise InputError("--steps and --epochs must be at least 1")
         adamw, muon = [], []
         for name, part in model.parts().items():
             lr = getattr(args, f"lr_{name}")
@@ -217,7 +219,8 @@ def whole_folder(out):
 def names(runs):
     """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
     last = [os.path.basename(run.rstrip("/")) for run in runs]
-    return last if len(set(last)) == len(last) else [run.strip("/").replace("/", "_") for run in runs]
+    clear = len({*last, "random"}) == len(last) + 1  # "random" is the name of probe.py's first row
+    return last if clear else [run.strip("/").replace("/", "_") + "_run" * (run == "random") for run in runs]
 
 
 def bootstrap(statistic, n, seed, draws=1000):
@@ -246,10 +249,12 @@ def print_table(title, heads, lines):
 
 def versions():
     """What one needs to know to repeat a run"""
-    commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
-                            capture_output=True, text=True)
+    here, commit = os.path.dirname(os.path.abspath(__file__)), ""
+    if shutil.which("git"):
+        command = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "commit": commit.stdout.strip() or None,
+            "commit": commit.strip() or None,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 

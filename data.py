@@ -6,14 +6,14 @@ A record is one question about one picture:
     {"image", "question", "answer"}                 to imitate (SFT) or to score (VQA)
     {"image", "question", "chosen", "rejected"}     a preference pair (the field names of MMPR and RLAIF-V)
 
-with "category", "kind", "options", "box", "mask" where known. `image` is a path relative to the JSONL file,
+with "category", "kind", "box", "mask" where known. `image` is a path relative to the JSONL file,
 or a PIL picture. `--data` takes one of
 
     scenes/train/sft        the drawn world: scenes/SPLIT/TASK, see scenes.py
     my_rows.jsonl           one record a line, pictures beside it
     a folder of parquet files, or a hub id such as openbmb/RLAIF-V-Dataset, whose columns are those of a record
 
-A row that cannot be used is never repaired: it is dropped, counted, and named, and the first few are shown.
+A row that cannot be used is never repaired: it is dropped and counted, and the first few are named.
 """
 import json
 import os
@@ -68,15 +68,20 @@ class Rows:
             except (OSError, ValueError) as error:  # a hub row whose picture does not decode
                 raise BadRow(f"cannot be read ({error})") from None
             record = dict(_as_record(row))
-            if self.kind != "pairs" and "answer" not in record and "chosen" in record:
-                record["answer"] = record["chosen"]
-            for field in FIELDS[self.kind][1:]:
-                if not isinstance(record.get(field), str) or not record[field].strip():
-                    raise BadRow(f"'{field}' is {'empty' if field in record else 'missing'}")
-            if self.kind == "pairs" and record["chosen"].strip() == record["rejected"].strip():
+            fields = FIELDS[self.kind][1:]
+            if self.kind == "sft" and "answer" not in record:
+                record["answer"] = record.get("chosen")
+                fields += ("rejected",) if "rejected" in record else ()  # unread, but what DPO drops SFT drops too
+            for field in fields:
+                if not isinstance(record.get(field), str):
+                    found = f"of type {type(record[field]).__name__}, must be text" if field in record else "missing"
+                    raise BadRow(f"'{field}' is {found}")
+                if not record[field].strip():
+                    raise BadRow(f"'{field}' is empty")
+                if "<image>" in record[field] and field != "question":
+                    raise BadRow("a response contains the <image> tag")
+            if "rejected" in fields and record[fields[1]].strip() == record["rejected"].strip():
                 raise BadRow("chosen and rejected are the same text")
-            if any("<image>" in record.get(field, "") for field in ("answer", "chosen", "rejected")):
-                raise BadRow("a response contains the <image> tag")
             record["image"] = self._open(record.get("image"))
         except BadRow as error:
             raise BadRow(f"{name}: {error}") from None
@@ -102,7 +107,7 @@ def load(source, kind, n=None, seed=0):
 
     Raises ValueError or FileNotFoundError with one line that names the file and, where there is one,
     the line or column."""
-    if source.split("/")[0] == "scenes":
+    if source.startswith("scenes/") and not os.path.exists(source):
         parts = source.split("/")
         if len(parts) != 3:
             raise InputError(f"{source}: the drawn world is named scenes/SPLIT/TASK, as in scenes/train/sft")
@@ -117,13 +122,15 @@ def load(source, kind, n=None, seed=0):
         rows, folder = [], os.path.dirname(source)
         with open(source, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
                     raise InputError(f"{source} line {number} is not JSON: {error}") from None
                 if not isinstance(rows[-1], dict):
                     raise InputError(f"{source} line {number} is not a record, but a {type(rows[-1]).__name__}")
-        columns = set(rows[0]) if rows else set()
+        columns = set().union(*rows)
     else:
         from datasets import load_dataset  # only here: the drawn world needs none of it
         local = os.path.isdir(source)
@@ -166,7 +173,10 @@ class Collator:
                 record = self.rows[number]
                 prompt = self.chat.prompt_ids(record["question"], self.n_image)
                 answers = [self.chat.response_ids(record[field]) for field in self.responses]
-                longest = len(prompt) + max(map(len, answers))
+                # SFT drops what DPO has to drop
+                rejected = record.get("rejected") if "answer" in self.responses else None
+                unused = self.chat.response_ids(rejected) if isinstance(rejected, str) else []
+                longest = len(prompt) + max(map(len, [*answers, unused]))
                 if longest > self.max_length:  # cutting would take the end of the answer, or worse, image tokens
                     raise BadRow(f"{self.rows.source} row {number}: {longest} tokens, "
                                  f"--max_length is {self.max_length}")
@@ -181,16 +191,19 @@ class Collator:
         return batch, dropped
 
 
-def order(n, batch_size, epochs, seed):
-    """The rows of every step: `epochs` seeded shuffles cut into batches, the remainder of an epoch included.
+def order(n, batch_size, epochs, seed, steps=None):
+    """The rows of every step: `epochs` seeded shuffles cut into batches, the remainder of an epoch included; or, if
+    `steps` is given, as many shuffles as that many steps take.
 
     A function of its arguments alone, so two arms with the same seed read the same rows in the same order."""
-    steps = []
+    if steps is not None:
+        epochs = -(-steps // -(-n // batch_size))
+    batches = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         shuffled = torch.randperm(n, generator=generator).tolist()
-        steps += [shuffled[i:i + batch_size] for i in range(0, n, batch_size)]
-    return steps
+        batches += [shuffled[i:i + batch_size] for i in range(0, n, batch_size)]
+    return batches[:steps]
 
 
 def batches(collator, steps, micro_batch, workers=0):

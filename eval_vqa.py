@@ -7,10 +7,10 @@ What can the model answer? Greedy answers of one or several runs to the same que
                                                                                     preference pairs from own samples
 
 Each answer is scored twice. *Decoded*: the text the model writes must be the answer. *Restricted*: which of the
-candidate answers (all answers that occur for this kind of question) has the highest log-probability? A model that has
-taken up another style of speaking fails the first and may pass the second, so that a change of style is not mistaken
-for a change of sight.
-*Blind* is the restricted score with a grey picture: what the words of the question alone are worth.
+candidate answers (those that occur for this kind of question, where there are 2 to 40) has the highest
+log-probability? A model that has taken up another style of speaking fails the first and may pass the second, so that a
+change of style is not mistaken for a change of sight. *Blind* is the restricted score with a grey picture: what the
+words of the question alone are worth.
 
 Writes OUT/results.json and OUT/NAME.jsonl, every prediction of every run. Intervals are 95 % bootstraps over questions;
 the first run is the one that the others are compared with, question by question.
@@ -35,7 +35,7 @@ parser.add_argument("--data", default="scenes/test/vqa",
                     help="questions: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
 parser.add_argument("--n", type=int, help="use only the first N rows (default: all; of the drawn world 1800)")
 parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
-parser.add_argument("--batch_size", type=int, default=128, help="questions a forward pass")
+parser.add_argument("--batch_size", type=int, default=128, help="questions, or candidate answers, a forward pass")
 parser.add_argument("--max_new_tokens", type=int, default=48, help="longest answer in tokens")
 parser.add_argument("--samples", type=int, default=4, help="answers sampled for a question by --write_pairs")
 parser.add_argument("--temperature", type=float, default=1.0, help="of the samples for --write_pairs")
@@ -53,11 +53,13 @@ def normalise(text):
 
 
 def score(prediction, answer):
-    """How right is a prediction, in [0, 1]: F1 over comma-separated parts, so a one-part answer is right or wrong.
+    """How right is a prediction, in [0, 1]: the same text; F1 of the parts for an answer of several, between commas.
 
-    score("red", "Red.") = 1; score("red ring, blue cross", "red ring, green cross") = 1/2"""
-    said, true = (Counter(normalise(part) for part in text.split(",")) for text in (prediction, answer))
-    return 2 * (said & true).total() / (said.total() + true.total())
+    score("red", "Red.") = 1, score("red, blue", "red") = 0, score("red ring, blue box", "red ring, green box") = 1/2"""
+    said, true = ([normalise(part) for part in text.split(",")] for text in (prediction, answer))
+    if len(true) == 1:
+        return float(said == true)
+    return 2 * (Counter(said) & Counter(true)).total() / (len(said) + len(true))
 
 
 def interval(values, seed):
@@ -70,11 +72,11 @@ def interval(values, seed):
 
 
 def candidates(records):
-    """{kind: sorted distinct answers}, for kinds with 2 to 40 of them; open questions have no list to choose from"""
+    """{kind: distinct answers, as first spelt}, for kinds with 2 to 40 of them; open questions offer no choice"""
     answers = {}
     for record in records:
-        answers.setdefault(kind_of(record), set()).add(normalise(record["answer"]))
-    return {kind: sorted(found) for kind, found in answers.items() if 2 <= len(found) <= 40}
+        answers.setdefault(kind_of(record), {}).setdefault(normalise(record["answer"]), record["answer"])
+    return {kind: [found[a] for a in sorted(found)] for kind, found in answers.items() if 2 <= len(found) <= 40}
 
 
 def kind_of(record):
@@ -82,7 +84,7 @@ def kind_of(record):
 
 
 @torch.no_grad()
-def choose(model, pixels, records, options):
+def choose(model, pixels, records, options, batch_size=512):
     """The candidate with the highest summed log-probability, end of turn included; None where there are no candidates.
 
     pixels (B,3,H,W) -> list of B strings"""
@@ -95,9 +97,10 @@ def choose(model, pixels, records, options):
             owners.append((b, option))
     choices, best = [None] * len(records), [-float("inf")] * len(records)
     image_tokens = model.image_tokens(pixels.to(model.device))
-    for at in range(0, len(rows), 512):
-        batch = pad_rows(rows[at:at + 512], pixels, image_of_row[at:at + 512], model.chat.pad_id).to(model.device)
-        for (b, option), logp in zip(owners[at:at + 512], model.response_logps(batch, image_tokens).sum(1).tolist()):
+    for at in range(0, len(rows), batch_size):
+        part = slice(at, at + batch_size)
+        batch = pad_rows(rows[part], pixels, image_of_row[part], model.chat.pad_id).to(model.device)
+        for (b, option), logp in zip(owners[part], model.response_logps(batch, image_tokens).sum(1).tolist()):
             if logp > best[b]:
                 choices[b], best[b] = option, logp
     return choices
@@ -124,8 +127,8 @@ def answer_all(model, records, args, name):
         images = [record["image"] for record in chunk]
         grey = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
         predictions = model.generate(images, [record["question"] for record in chunk], args.max_new_tokens)
-        choices = choose(model, model.pixels(images), chunk, options)
-        blind = choose(model, model.pixels(grey), chunk, options)
+        choices = choose(model, model.pixels(images), chunk, options, args.batch_size)
+        blind = choose(model, model.pixels(grey), chunk, options, args.batch_size)
         for record, prediction, choice, guess in zip(chunk, predictions, choices, blind):
             right = lambda text: None if text is None else score(text, record["answer"])
             results.append({**{k: record.get(k) for k in ("row", "question", "answer", "kind", "category")},
@@ -183,8 +186,8 @@ def write_pairs(model, rows, args):
                 if not scores or max(scores) == min(scores):
                     n_flat += 1
                     continue
-                path = rows.rows[record["row"]]["image"]
-                if isinstance(path, str):
+                path = rows.rows[record["row"]].get("image")
+                if isinstance(path, str) and rows.folder is not None:
                     path = os.path.relpath(os.path.join(rows.folder, path), folder)
                 else:                                                       # a drawn or a hub picture has no file yet
                     path = f"{os.path.splitext(os.path.basename(args.write_pairs))[0]}_images/{record['row']}.png"

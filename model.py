@@ -8,7 +8,7 @@ The encoder and the LLM are transformers models, the connector between them is o
 answers goes through the class `MLLM` below: `features` is the one tensor that the LLM, every probe and every gradient
 map reads, `response_logps` is the fast path that the losses use, and `logps` is the plain, slow path that checks it.
 
-Axes: B batch, N image tokens, T sequence, D width, V vocabulary.
+Axes: B batch (rows), I pictures, N' patches, N image tokens, T sequence, M response tokens, D width, V vocabulary.
 """
 import json
 import os
@@ -141,7 +141,7 @@ def token_logps(hidden, weight, bias, targets):
 
     hidden (M,D), weight (V,D), bias (V,) or None, targets (M,) -> (M,) in fp32. M counts response tokens only."""
     logits = F.linear(hidden, weight, bias).float()                                 # (M,V)
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)   # log_softmax stores (M,V) again
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)   # log_softmax makes a second (M,V)
 
 
 def can_compile():
@@ -162,7 +162,7 @@ def take_off_tail(vision, depth):
     """Removes from a vision encoder all that comes after layer `depth`: later layers, the final norm, the pooling head.
 
     Returns what `swap` needs to restore it, so that an exported encoder is again the whole model that transformers
-    knows. What is removed is never run, never trained and takes no memory on the GPU."""
+    knows. What is removed is never run or trained; it waits on the CPU, in `MLLM.vision_tail`, for a save."""
     shorter = {}
     for name, module in vision.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == vision.config.num_hidden_layers:
@@ -182,6 +182,9 @@ class MLLM(nn.Module):
         if not 1 <= depth <= n_layers:
             raise InputError(f"feature_layer {feature_layer}: the vision encoder has {n_layers} layers, so it must be "
                              f"1..{n_layers} or -{n_layers}..-1")
+        for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
+            if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
+                raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
         self.vision, self.llm, self.tokenizer, self.image_processor = vision, llm, tokenizer, image_processor
         self.feature_layer, self.pool, self.chat = feature_layer, pool, Chat(tokenizer)
         self.n_special = n_special + getattr(vision.config, "num_register_tokens", 0)  # CLS and registers: not patches
@@ -199,7 +202,7 @@ class MLLM(nn.Module):
         d_llm = llm.get_input_embeddings().weight.shape[1]
         self.connector = Connector(vision.config.hidden_size, d_llm, pool)
         self._token_logps = token_logps
-        for module in self.modules():  # neither paper uses dropout, and DPO's policy must start equal to its reference
+        for module in self.modules():  # PIVOT uses none, and DPO's policy must start equal to its reference
             for name in ("dropout", "attention_dropout", "drop_prob", "p"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)

@@ -7,7 +7,8 @@ What does the vision encoder know? Detach it from each run, freeze it, and ask i
     python probe.py runs/stage1 runs/dpo --out runs/p --segmentation images masks
                                                                             pictures and label pictures of equal names
 
-Every probe reads `MLLM.features`: the patch tokens at the layer that the LLM reads, before the connector.
+Probes 1 and 2 read `MLLM.features`, the patch tokens at the layer that the LLM reads, before the connector; 3 takes
+gradients one step later, at the image tokens that the connector hands to the LLM.
 
 1. classification: logistic regression on mean-pooled, standardised features.
 2. segmentation: logistic regression on single patch tokens, each labelled by the majority of its pixels;
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import common
 import data
-from model import MLLM
+from model import MLLM, InputError
 from scenes import Scenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,8 +57,8 @@ parser.add_argument("--maps",
                     help="pairs with boxes for the gradient maps: scenes/SPLIT/TASK or a .jsonl file "
                          "(default: scenes/test/maps, unless own folders are probed)")
 parser.add_argument("--n", type=int, default=2000,
-                    help="drawn pictures for classification; a fourth of it for segmentation, a fifth for maps")
-parser.add_argument("--seeds", type=int, default=5, help="splits of the training rows to average over")
+                    help="drawn pictures for classification; an eighth of it for segmentation, a fifth for maps")
+parser.add_argument("--seeds", type=int, default=3, help="splits of the training rows to average over")
 parser.add_argument("--batch_size", type=int, default=128, help="pictures a forward pass")
 parser.add_argument("--seed", type=int, default=0, help="of the drawn world, the splits and the random encoder")
 STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]  # of the L2 penalty, relative to the mean cross-entropy
@@ -102,7 +103,7 @@ def fit_linear(x, y, n_classes, strengths=STRENGTHS):
     penalty = torch.tensor(strengths)[:, None, None] * torch.ones(1, x.shape[1], 1)
     penalty[:, -1] = 0                                                                  # the bias is free
     weights = torch.zeros(len(strengths), x.shape[1], n_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -230,7 +231,7 @@ def segmentation_data(args):
     if not args.segmentation:
         unpack = lambda rows: ([rows[i]["image"] for i in range(len(rows))],
                                [rows[i]["mask"] for i in range(len(rows))])
-        return tuple(unpack(Scenes(split, args.n // 4, "vqa", args.seed)) for split in ("train", "test"))
+        return tuple(unpack(Scenes(split, max(2, args.n // 8), "vqa", args.seed)) for split in ("train", "test"))
     if len(args.segmentation) not in (2, 4):
         raise SystemExit("--segmentation takes IMAGES MASKS, or IMAGES MASKS TEST_IMAGES TEST_MASKS")
     if len(args.segmentation) == 4:
@@ -275,7 +276,11 @@ def map_scores(model, collator, records, batch_size, desc):
     grid = tuple(side // model.pool for side in model.grid)
     maps, scores = {"chosen": [], "difference": []}, {}
     for at in tqdm(range(0, len(records), batch_size), desc=desc):
-        batch, _ = collator(range(at, min(at + batch_size, len(records))))
+        chunk = range(at, min(at + batch_size, len(records)))
+        batch, dropped = collator(chunk)
+        if dropped:
+            raise InputError(dropped[0])
+        batch.pixels = squash(model, [records[i]["image"] for i in chunk])        # no crop: boxes stay in place
         for name, value in gradient_maps(model, batch.to(model.device)).items():
             maps[name] += list(value.float().cpu().numpy())
     for i, record in enumerate(records):
@@ -324,7 +329,8 @@ def main():
             "maps": bool(args.maps) or not own}
     classification = classification_data(args) if todo["classification"] else None
     segmentation = segmentation_data(args) if todo["segmentation"] else None
-    pairs = data.load(args.maps or "scenes/test/maps", "pairs", args.n // 5, args.seed) if todo["maps"] else None
+    n_maps = None if args.maps else max(1, args.n // 5)
+    pairs = data.load(args.maps or "scenes/test/maps", "pairs", n_maps, args.seed) if todo["maps"] else None
     records = [pairs[i] for i in range(len(pairs))] if pairs else []
     if any(not record.get("box") for record in records):
         raise SystemExit(f"--maps {args.maps}: every row needs a 'box' (x0, y0, x1, y1 in pixels)")

@@ -96,7 +96,8 @@ def sentences(result, n_seeds):
             f"{at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows; the box is "
             f"{at('area', 'stage1')} of the picture (in part by construction: only the box tells the answers apart)."]
     if rows["restricted"]["stage1"]["mean"] < .9:
-        text.append("Stage 1 stopped before it had learnt all it could: STAGE1_STEPS=1500 bash speedrun.sh goes on.")
+        text.append("Stage 1 stopped before it had learnt all it could; "
+                    "STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh trains it for longer.")
     open_questions = [MEASURES[m][0] for m in ("restricted", "knowledge", "classification", "mIoU")
                       if diff[m]["low"] is None or diff[m]["low"] <= 0 <= diff[m]["high"]]
     if n_seeds == 1:

@@ -67,7 +67,7 @@ def main():
     reference = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     rows = data.load(args.data, "pairs", args.n, args.seed)
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
-    steps = data.order(len(rows), args.batch_size, args.epochs, args.seed)[:args.steps]
+    steps = data.order(len(rows), args.batch_size, args.epochs, args.seed, args.steps)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:

@@ -5,7 +5,7 @@ Supervised fine-tuning: the model imitates the answers. It serves twice:
     stage 2   from a run, on the chosen answers of preference pairs (the arm that DPO is compared with)
 
     python train_sft.py --optimizer muon --batch_size 96 --n 57600 --out runs/stage1   drawn world, tiny model, minutes
-    python train_sft.py --init runs/stage1 --data pairs.jsonl --lr 1e-3 --out runs/sft   stage 2: `chosen` is the answer
+    python train_sft.py --init runs/stage1 --data pairs.jsonl --lr 1e-3 --epochs 3 --out runs/sft   stage 2: `chosen`
     python train_sft.py --vision google/siglip2-so400m-patch16-384 --llm Qwen/Qwen2.5-1.5B-Instruct \\
         --lr_vision 0 --lr_llm 0 --lr 1e-3 --data captions.jsonl --out runs/connector   connector first, as LLaVA does
 
@@ -18,29 +18,29 @@ in the loss.
 """
 import argparse
 import os
+import re
 import tempfile
 
-import torch
 from tqdm import tqdm
 
 import common
 import data
 import scenes
-from model import MLLM
+from model import MLLM, InputError
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="scenes/train/sft",
                     help="rows to learn: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
 parser.add_argument("--init",
                     help="run directory to start from; without it --vision and --llm are joined by a fresh connector")
-parser.add_argument("--vision", default="tiny",
-                    help="vision encoder: hub id, folder, or "
-                         "tiny (random, 36 px, patch 6), tiny-64-8 (64 px, patch 8), ...")
-parser.add_argument("--llm", default="tiny",
-                    help="LLM with a chat template: hub id, folder, or tiny (random, tokenizer made from --data)")
-parser.add_argument("--feature_layer", type=int, default=-2,
-                    help="encoder layer the LLM reads, as an index of hidden_states (paper: -2)")
-parser.add_argument("--pool", type=int, default=None,
+parser.add_argument("--vision",
+                    help="vision encoder: hub id, folder, or tiny (random, 36 px, patch 6; the default), "
+                         "tiny-64-8 (64 px, patch 8), ...")
+parser.add_argument("--llm",
+                    help="LLM with a chat template: hub id, folder, or tiny (random, words of --data; the default)")
+parser.add_argument("--feature_layer", type=int,
+                    help="encoder layer the LLM reads, as an index of hidden_states (default and paper: -2)")
+parser.add_argument("--pool", type=int,
                     help="fold POOL x POOL patches into one image token (default: 2 for tiny, else 1)")
 common.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
 
@@ -48,17 +48,20 @@ common.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
 def start(args):
     """The model to train: a run, or a fresh connector between two parts"""
     if args.init:
+        if args.vision or args.llm or args.feature_layer is not None or args.pool:
+            raise InputError(f"--init {args.init} brings --vision, --llm, --feature_layer and --pool: leave them out")
         return MLLM.load(args.init)
     with tempfile.TemporaryDirectory() as folder:
-        vision, llm, tiny = args.vision, args.llm, args.vision.startswith("tiny")
+        vision, llm = args.vision or "tiny", args.llm or "tiny"
+        tiny = re.fullmatch(r"tiny(?:-(\d+)-(\d+))?", vision)
         if tiny:
-            sizes = [int(s) for s in vision.split("-")[1:]]
             vision = os.path.join(folder, "vision")
-            scenes.tiny_vision(vision, *sizes)
+            scenes.tiny_vision(vision, *(int(size) for size in tiny.groups() if size))
         if llm == "tiny":
             llm = os.path.join(folder, "llm")
             scenes.tiny_llm(llm, data.texts(args.data))
-        return MLLM.from_pretrained(vision, llm, args.feature_layer, args.pool or (2 if tiny else 1))
+        feature_layer = -2 if args.feature_layer is None else args.feature_layer
+        return MLLM.from_pretrained(vision, llm, feature_layer, args.pool or (2 if tiny else 1))
 
 
 def main():
@@ -70,7 +73,7 @@ def main():
     model = start(args)
     rows = data.load(args.data, "sft", args.n, args.seed)
     collator = data.Collator(rows, model, ("answer",), args.max_length)
-    steps = data.order(len(rows), args.batch_size, args.epochs, args.seed)[:args.steps]
+    steps = data.order(len(rows), args.batch_size, args.epochs, args.seed, args.steps)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:

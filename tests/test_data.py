@@ -400,3 +400,24 @@ def test_show_marks_what_bears_loss(make, folder):
     shown = data.show(model, data.Collator(rows, model, ("chosen", "rejected")))
     assert "<image x 9>\nwhat?<|im_end|>" in shown and "[[a ring<|im_end|>]]" in shown and "[[a cross<|im_end|>]]" in shown
     assert "cannot be used" in data.show(model, data.Collator(rows, model, ("chosen", "rejected")), 1)
+
+
+def test_sft_drops_what_dpo_drops(make, tmp_path):
+    # both arms read the very same rows: equal, empty or too long rejected answers are dropped by either
+    Image.new("RGB", (24, 24)).save(tmp_path / "p.png")
+    rows = [{"image": "p.png", "question": "q?", "chosen": "yes", "rejected": r} for r in ("no", "yes", "", "no " * 300, "nay", None)]
+    rows[0]["answer_note"] = None  # a null in a field that nobody reads is nobody's business
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n\n")  # blank lines are no rows
+    model = make()
+    kept = []
+    for kind, fields in (("sft", ("answer",)), ("pairs", ("chosen", "rejected"))):
+        collator = data.Collator(data.load(str(tmp_path / "rows.jsonl"), kind), model, fields, max_length=100)
+        batch, dropped = collator(range(6))
+        kept.append([i for i in range(6) if not collator([i])[1]])
+        assert len(dropped) == 4 and len(batch.pixels) == 2
+    assert kept == [[0, 4], [0, 4]]
+
+
+def test_steps_ask_for_as_many_passes_as_they_need():
+    steps = data.order(10, 4, epochs=1, seed=0, steps=8)  # three steps a pass: the third pass stops after two
+    assert len(steps) == 8 and steps[:3] == data.order(10, 4, 1, 0) and sorted(sum(steps[3:6], [])) == list(range(10))

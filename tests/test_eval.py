@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("prediction, answer, expected", [
-    ("red", "red", 1), (" Red. ", "red", 1), ("blue", "red", 0), ("", "red", 0), ("top  left", "top left", 1), ("the red one", "red", 0),
+    ("red", "red", 1), (" Red. ", "red", 1), ("blue", "red", 0), ("", "red", 0), ("top  left", "top left", 1), ("the red one", "red", 0), ("yes, no", "yes", 0),
     ("red ring, blue cross", "red ring, green cross", .5), ("red ring", "red ring, blue cross", 2 / 3), ("empty, empty", "empty, red ring", .5)])
 def test_score_by_hand(prediction, answer, expected):
     assert eval_vqa.score(prediction, answer) == pytest.approx(expected)
@@ -49,7 +49,7 @@ def test_choose_is_the_argmax_of_the_slow_path(run):
 
 def test_candidates_come_from_the_answers_of_the_kind():
     records = [{"kind": "color", "answer": a} for a in ("Red", "blue", "red")] + [{"kind": "open", "answer": str(i)} for i in range(50)]
-    assert eval_vqa.candidates(records) == {"color": ["blue", "red"]}
+    assert eval_vqa.candidates(records) == {"color": ["blue", "Red"]}               # each once, as first spelt
 
 
 def test_compare_is_paired():

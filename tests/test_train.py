@@ -146,8 +146,9 @@ def test_drift_is_the_relative_distance(make):
 
 
 @both
-def test_accumulation_is_the_full_batch_and_a_seed_is_a_run(stage, train):
+def test_accumulation_is_the_full_batch_and_a_seed_is_a_run(stage, train, start_run):
     # micro-batches of 1, 2, 3, 4 and 6 of answers of unequal length: the same weights after two steps; the same command twice: the same bits
+    start = weights(start_run)
     full, lines = train(stage, out="full")
     again, _ = train(stage, out="again")
     full = weights(full)
@@ -157,7 +158,8 @@ def test_accumulation_is_the_full_batch_and_a_seed_is_a_run(stage, train):
         for name, value in weights(run).items():
             if name.startswith("vision") and "k_proj.bias" in name:
                 continue  # softmax does not see it: its gradient is rounding noise, which Adam scales up
-            torch.testing.assert_close(value, full[name], rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}")  # a step moves a weight by 1e-3
+            moved = (full[name] - start[name]).norm()  # rounding of a near-zero gradient turns single weights, a wrong mean turns all
+            assert (value - full[name]).norm() <= 1e-2 * moved, name
         for line, expected in zip(micro_lines, lines, strict=True):
             for key in {"loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward", "grad_norm"} & set(line):
                 assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=2e-5), (micro, key)
@@ -343,3 +345,24 @@ def test_a_run_without_a_usable_row_fails(stage, train, tmp_path):
     with pytest.raises(SystemExit, match="row"):
         train(stage, "--max_length", 10)
     assert not (tmp_path / "out").exists()
+
+
+def test_run_names_stay_apart():
+    # short where clear; never "random", the name of probe.py's first row
+    assert common.names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert common.names(["x/dpo", "y/dpo"]) == ["x_dpo", "y_dpo"]
+    assert "random" not in common.names(["runs/random", "runs/b"]) + common.names(["random"])
+
+
+def test_init_brings_its_parts_along(start_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_sft.py", "--init", str(start_run), "--pool", "1", "--out", str(tmp_path / "out")])
+    with pytest.raises(model_file.InputError, match="leave them out"):
+        train_sft.main()
+
+
+def test_an_llm_that_scales_its_logits_is_refused(make):
+    # the hot path takes logits straight from hidden states and head: a scale between them would be lost in silence
+    model = make()
+    model.llm.config.logits_scaling = 8.0
+    with pytest.raises(model_file.InputError, match="logits_scaling"):
+        MLLM(model.vision, model.image_processor, model.llm, model.tokenizer)
