@@ -12,6 +12,9 @@ log-probability? A model that has taken up another style of speaking fails the f
 change of style is not mistaken for a change of sight. *Blind* is the restricted score with a grey picture: what the
 words of the question alone are worth.
 
+The *swap test*, `--reader runs/stage1`, lets stage 1's connector and LLM read each run's encoder: what is lost then was
+lost in the encoder, or at least moved to where its old reader does not find it.
+
 Writes OUT/results.json and OUT/NAME.jsonl, every prediction of every run. Intervals are 95 % bootstraps over questions;
 the first run is the one that the others are compared with, question by question.
 """
@@ -27,7 +30,7 @@ from tqdm import tqdm
 
 import common
 import data
-from model import MLLM, pad_rows
+from model import MLLM, InputError, pad_rows
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("runs", nargs="+", help="run directories; the first is the one the others are compared with")
@@ -37,6 +40,7 @@ parser.add_argument("--n", type=int, help="use only the first N rows (default: a
 parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
 parser.add_argument("--batch_size", type=int, default=128, help="questions, or candidate answers, a forward pass")
 parser.add_argument("--max_new_tokens", type=int, default=48, help="longest answer in tokens")
+parser.add_argument("--reader", help="swap test: this run's connector and LLM read the vision encoder of every run")
 parser.add_argument("--samples", type=int, default=4, help="answers sampled for a question by --write_pairs")
 parser.add_argument("--temperature", type=float, default=1.0, help="of the samples for --write_pairs")
 parser.add_argument("--write_pairs",
@@ -137,6 +141,19 @@ def answer_all(model, records, args, name):
     return results
 
 
+def load(run, reader=None):
+    """A run; with `reader` (a run directory) its vision encoder behind the reader's connector and LLM"""
+    model = MLLM.load(run)
+    if reader:
+        other = MLLM.load(reader)
+        shape = lambda m: (m.grid, m.pool, m.vision.config.hidden_size)
+        if shape(model) != shape(other):
+            raise InputError(f"--reader {reader} reads features of another shape than {run} has")
+        for part in ("connector", "llm", "tokenizer", "chat"):
+            setattr(model, part, getattr(other, part))
+    return model
+
+
 def groups(results):
     """{name: row numbers}: everything, each category, each kind"""
     found = {"all": list(range(len(results)))}
@@ -218,7 +235,7 @@ def main():
     records, results = read_records(rows), {}
     for run, name in zip(args.runs, common.names(args.runs)):
         with autocast():
-            results[name] = answer_all(MLLM.load(run).to(device).eval(), records, args, name)
+            results[name] = answer_all(load(run, args.reader).to(device).eval(), records, args, name)
     table = compare(results, args.seed)
     with common.whole_folder(args.out) as folder:
         for name, answers in results.items():

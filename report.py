@@ -3,7 +3,7 @@ The study in one table and one picture: what probe.py and eval_vqa.py found for 
 
     python report.py runs/seed0 runs/seed1 runs/seed2 --out runs        after speedrun.sh (which calls this)
 
-Reads SEED/probe/results.json, SEED/vqa/results.json and the logs of SEED/sft and SEED/dpo; writes OUT/report.json and
+Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of SEED/sft and SEED/dpo; writes OUT/report.json,
 OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from
 one seed no difference between arms is claimed, because training again with another seed moves every number.
 """
@@ -16,13 +16,14 @@ import numpy as np
 import common
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("seeds", nargs="+", help="one folder a seed, each with stage1, more, sft, dpo, probe and vqa")
+parser.add_argument("seeds", nargs="+", help="one folder a seed, each with stage1, more, sft, dpo, probe, vqa and swap")
 parser.add_argument("--out", required=True, help="folder for report.json and report.png")
 
 ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT", "dpo": "DPO"}
 MEASURES = {  # key -> (heading, file, path inside its table)
     "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
     "restricted": ("vision questions, restricted to candidates", "vqa", ("vision-centric", "restricted")),
+    "swap": ("the same, stage 1's LLM reads the encoder", "swap", ("vision-centric", "restricted")),
     "knowledge_decoded": ("knowledge questions, as decoded", "vqa", ("knowledge", "decoded")),
     "knowledge": ("knowledge questions, restricted", "vqa", ("knowledge", "restricted")),
     "blind": ("vision questions, restricted, grey picture", "vqa", ("vision-centric", "blind_score")),
@@ -42,11 +43,10 @@ def read(seed):
     """One seed's folder -> {measure: {arm: value}}"""
     found = {measure: {} for measure in MEASURES}
     tables = {}
-    for file in ("probe", "vqa"):
+    for file in ("probe", "vqa", "swap"):
         path = os.path.join(seed, file, "results.json")
         if not os.path.isfile(path):
-            raise SystemExit(f"{path} is missing: run speedrun.sh, "
-                             f"or {'probe.py' if file == 'probe' else 'eval_vqa.py'} with --out {seed}/{file}")
+            raise SystemExit(f"{path} is missing: speedrun.sh makes it")
         with open(path) as f:
             tables[file] = json.load(f)["table"]
     for measure, (_, file, (first, second)) in MEASURES.items():
@@ -91,6 +91,8 @@ def sentences(result, n_seeds):
             f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO "
             "on the same pairs; choosing among candidate answers, so that style does not count: "
             f"{at('restricted', 'stage1')}, {at('restricted', 'sft')} and {at('restricted', 'dpo')} ({spread}).",
+            f"Read by stage 1's connector and LLM, its own encoder is worth {at('swap', 'stage1')} of them, "
+            f"the encoder of SFT {at('swap', 'sft')}, the encoder of DPO {at('swap', 'dpo')}.",
             f"At equal (stage-1) weights, {at('energy_difference', 'stage1')} of the gradient of chosen - rejected, "
             "which DPO follows, lies in the box of the object that the answers differ in, and "
             f"{at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows; the box is "
@@ -98,7 +100,7 @@ def sentences(result, n_seeds):
     if rows["restricted"]["stage1"]["mean"] < .9:
         text.append("Stage 1 stopped before it had learnt all it could; "
                     "STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh trains it for longer.")
-    open_questions = [MEASURES[m][0] for m in ("restricted", "knowledge", "classification", "mIoU")
+    open_questions = [MEASURES[m][0] for m in ("restricted", "swap", "knowledge", "classification", "mIoU")
                       if diff[m]["low"] is None or diff[m]["low"] <= 0 <= diff[m]["high"]]
     if n_seeds == 1:
         text.append("DPO minus SFT on every other row: n = 1: not resolved. "
@@ -126,7 +128,7 @@ def draw(path, result, seeds, text):
     grid = figure.add_gridspec(4, 4, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
     colors = dict(zip(ARMS, ("0.6", "black", "tab:gray", "tab:orange", "tab:blue")))
 
-    for column, measure in enumerate(("decoded", "restricted", "classification", "mIoU")):
+    for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU")):
         axis = figure.add_subplot(grid[0, column])
         for x, arm in enumerate(ARMS):
             if arm in result["rows"][measure]:
@@ -139,7 +141,7 @@ def draw(path, result, seeds, text):
         axis.set_ylim(0, 100)
 
     axis = figure.add_subplot(grid[1, :2])
-    shown = ("restricted", "knowledge", "classification", "mIoU")
+    shown = ("restricted", "swap", "classification", "mIoU")
     for offset, (pair, color) in enumerate((("sft - stage1", "tab:orange"), ("dpo - stage1", "tab:blue"),
                                             ("dpo - sft", "black"))):
         for y, measure in enumerate(shown):

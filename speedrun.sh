@@ -50,5 +50,6 @@ for seed in $SEEDS; do
   arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo")
   stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST"
   stage "$run/vqa"   eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST"
+  stage "$run/swap"  eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1"
 done
 python "$here/report.py" "${folders[@]}" --out "$OUT"

@@ -91,6 +91,26 @@ def test_own_pairs_are_best_against_worst_and_load_again(run, tmp_path, monkeypa
     assert pairs[0]["image"].tobytes() == scenes.Scenes("train", 12)[0]["image"].tobytes()
 
 
+def test_the_swap_test_changes_the_encoder_alone(run, tmp_path):
+    """--reader: the log-probs are those of the reader's own connector and LLM on the other run's features"""
+    torch.manual_seed(1)
+    other = MLLM.load(run)
+    for parameter in other.parameters():
+        parameter.data += .1 * torch.randn_like(parameter)
+    other.save(str(tmp_path / "other"))
+    image, question, answer = [scenes.Scenes("test", 1)[0]["image"]], ["what color is the ring?"], ["red"]
+    reader, swapped = MLLM.load(run).eval(), eval_vqa.load(str(tmp_path / "other"), run).eval()
+    before = reader.logps(image, question, answer)
+    features = other.eval().features(other.pixels(image))
+    reader.features = lambda pixels: features
+    assert torch.allclose(swapped.logps(image, question, answer), reader.logps(image, question, answer), atol=1e-6)
+    assert not torch.allclose(swapped.logps(image, question, answer), before, atol=1e-3)
+    scenes.tiny_vision(str(tmp_path / "wide"), width=48, layers=2)
+    MLLM.from_pretrained(str(tmp_path / "wide"), run + "/llm", pool=2).save(str(tmp_path / "wide_run"))
+    with pytest.raises(ValueError, match="another shape"):
+        eval_vqa.load(str(tmp_path / "wide_run"), run)
+
+
 def test_sampled_answers_differ_and_greedy_ones_do_not(run):
     model = MLLM.load(run).eval()
     images, questions = [scenes.Scenes("test", 1)[0]["image"]] * 4, ["what color is the ring?"] * 4
@@ -101,13 +121,14 @@ def test_sampled_answers_differ_and_greedy_ones_do_not(run):
 def study_folder(path, shift):
     """One seed's results in the files that speedrun.sh leaves, with numbers we know"""
     arms = {"random": 0, "stage1": .5, "more": .5, "sft": .3 + shift, "dpo": .4 + 2 * shift}
-    for name in ("probe", "vqa", "sft", "dpo"):
+    for name in ("probe", "vqa", "swap", "sft", "dpo"):
         os.makedirs(os.path.join(path, name))
     cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("classification", "mIoU")} | \
         ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("area", "energy_chosen", "energy_difference", "point_chosen", "point_difference")})
     vqa = lambda v: {g: {m: [v, v, v] for m in ("decoded", "restricted", "blind_score")} for g in ("vision-centric", "knowledge")}
     json.dump({"table": {a: cell(a, v) for a, v in arms.items()}}, open(os.path.join(path, "probe", "results.json"), "w"))
-    json.dump({"table": {a: vqa(v) for a, v in arms.items() if a != "random"}}, open(os.path.join(path, "vqa", "results.json"), "w"))
+    for name in ("vqa", "swap"):
+        json.dump({"table": {a: vqa(v) for a, v in arms.items() if a != "random"}}, open(os.path.join(path, name, "results.json"), "w"))
     for arm in ("sft", "dpo"):
         with open(os.path.join(path, arm, "log.jsonl"), "w") as f:
             f.writelines(json.dumps({"step": s, "loss": 1, "accuracy": .5, "drift_vision": .1, "drift_llm": .1}) + "\n" for s in range(3))

@@ -38,7 +38,7 @@ def test_speedrun_from_another_folder(tmp_path):
     assert first_line["loss"] == pytest.approx(0.693147, abs=1e-6) and first_line["accuracy"] == .5
     made = {path: os.path.getmtime(path) for path in (tmp_path / "study" / "seed0").iterdir()}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(" is there") == 6
+    assert done.returncode == 0 and done.stdout.count(" is there") == 7
     assert made == {path: os.path.getmtime(path) for path in made}
     done = subprocess.run(command, cwd=tmp_path, env={**env, "STAGE1_STEPS": "4"}, capture_output=True, text=True)
     assert done.returncode == 1 and "other settings" in done.stderr                 # never a mixture of two studies
