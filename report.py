@@ -23,7 +23,7 @@ ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 traine
 MEASURES = {  # key -> (heading, file, path inside its table)
     "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
     "restricted": ("vision questions, restricted to candidates", "vqa", ("vision-centric", "restricted")),
-    "swap": ("the same, stage 1's LLM reads the encoder", "swap", ("vision-centric", "restricted")),
+    "swap": ("swap test: stage 1's LLM reads the encoder", "swap", ("vision-centric", "restricted")),
     "knowledge_decoded": ("knowledge questions, as decoded", "vqa", ("knowledge", "decoded")),
     "knowledge": ("knowledge questions, restricted", "vqa", ("knowledge", "restricted")),
     "blind": ("vision questions, restricted, grey picture", "vqa", ("vision-centric", "blind_score")),
