@@ -4,7 +4,6 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import (AutoImageProcessor, AutoModel, CLIPModel, CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, LlamaConfig,
                           SiglipModel, SiglipVisionModel, ViTForImageClassification, ViTMAEModel, ViTModel)
