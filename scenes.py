@@ -84,8 +84,8 @@ def draw_picture(rng, scene, noise=0.05):
 def caption(scene):
     """Every cell in reading order, the shape first: "ring red, empty, empty, ..."
 
-    Shape is harder to see than colour. Said second, it also needs the LLM to look at the same cell once more, and stage
-    1 then stayed without shapes for 300 to more than 1500 steps, depending on the seed."""
+    With the colour first, stage 1 stayed without shapes for 300 to more than 1500 steps, depending on the seed. A guess
+    at the reason: a second word about a cell needs a second look at it, which nothing teaches before shapes are seen."""
     return ", ".join(" ".join(scene.get(cell, ["empty"])) for cell in range(SIDE * SIDE))
 
 
