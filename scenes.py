@@ -85,7 +85,7 @@ def caption(scene):
     """Every cell in reading order, the shape first: "ring red, empty, empty, ..."
 
     With the colour first, stage 1 stayed without shapes for 300 to more than 1500 steps, depending on the seed. A guess
-    at the reason: a second word about a cell needs a second look at it, which nothing teaches before shapes are seen."""
+    at the reason: a second word about a cell needs a second look at it, and nothing teaches that before shapes are."""
     return ", ".join(" ".join(scene.get(cell, ["empty"])) for cell in range(SIDE * SIDE))
 
 
