@@ -36,6 +36,9 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--batch_size", type=int, default=batch_size, help="rows an optimiser step")
     add("--micro_batch", type=int,
         help="rows a forward pass; smaller takes less memory, same gradient (default: --batch_size)")
+    add("--questions_per_tree", type=int, default=4,
+        help="rows about one picture that are read in one sequence, the picture once (see trees.py); they then fall "
+             "into the same step. 1: every row by itself, pictures in any order")
     add("--lr", type=float, default=lr, help="peak learning rate of all three parts")
     add("--lr_vision", type=float, help="peak learning rate of the vision encoder, 0 freezes it (default: --lr)")
     add("--lr_connector", type=float, help="the same for the connector")
@@ -51,19 +54,23 @@ def add_training_flags(parser, lr, epochs, batch_size):
         help="recompute activations in the backward pass: less memory, a third more time")
     add("--compile", type=true_or_false, default=can_compile(),
         help="torch.compile the loss hot path: true or false (default: true where there is a C++ compiler)")
-    add("--workers", type=int, default=0,
-        help="processes that decode pictures; 0 = in the training process (best for the tiny pictures)")
+    add("--matmul", choices=("highest", "high", "medium"), default="high",
+        help="precision of fp32 matrix products, torch's words. On a GPU high and medium are TF32; on a CPU medium "
+             "takes oneDNN: faster for models wider than the tiny ones, but real bf16 where the chip has it")
+    add("--workers", type=int, default=8 if torch.cuda.is_available() else 0,
+        help="processes that decode pictures ahead of the step; 0 = in the training process, best for tiny pictures on "
+             "a CPU (default: 8 on a GPU, else 0)")
     add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
     add("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
 
 
-def setup(seed):
+def setup(seed, matmul="high"):
     """Seeds, picks the device, quiets transformers.
     -> device, a function that gives the autocast context (bf16 on GPU, fp32 on CPU)"""
     torch.manual_seed(seed)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # ours is the bar to look at
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32 on a GPU; no effect on a CPU
+    torch.set_float32_matmul_precision(matmul)  # on a GPU of what autocast leaves in fp32, on a CPU of everything
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else contextlib.nullcontext
     return device, autocast
@@ -119,9 +126,8 @@ class Optimizer:
             muon.append({"params": matrices, "peak": lr})
         if not adamw:
             raise InputError("every learning rate is 0: there is nothing to train")
-        fused = dict(fused=True) if torch.cuda.is_available() else {}
         self.optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=(.9, .95) if args.optimizer == "muon" else (.9, .999),
-                                             weight_decay=args.weight_decay, **fused)]
+                                             weight_decay=args.weight_decay, fused=True)]
         if args.optimizer == "muon":
             self.optimizers.append(torch.optim.Muon(
                 [g for g in muon if g["params"]], lr=0.0, weight_decay=args.weight_decay,
@@ -173,9 +179,11 @@ class Run:
 
     So OUT is either whole or absent, and a killed run leaves its log to look at in OUT.tmp."""
 
-    def __init__(self, args, model, **more):
+    def __init__(self, args, model, total_steps, **more):
         self.out, self.folder, self.model = args.out, args.out.rstrip("/") + ".tmp", model
-        self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(), **more}
+        self.log_every, self.total_steps, self.unread = args.log_every, total_steps, []
+        self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
+                         "total_steps": total_steps, **more}
         shutil.rmtree(self.folder, ignore_errors=True)
         os.makedirs(self.folder)
         self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "w"), time.time()
@@ -184,12 +192,26 @@ class Run:
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
             print(f"{name:<11} {sum(p.numel() for p in part.parameters()):>13,} parameters, {trained:>13,} trained")
 
-    def check(self, step, values):
+    def step(self, step, values, more=dict):
+        """Takes the values of a step: () tensors, which stay on their device, as reading one makes the CPU wait for it.
+
+        They are read every --log_every steps and at the last, and then the step's line is logged with what `more()`
+        adds. -> was it logged?"""
+        self.unread.append((step, torch.stack([values["loss"], values["grad_norm"]])))
+        if step % self.log_every and step != self.total_steps - 1:
+            return False
+        self.check()
+        self.log(step, {**values, **more()})
+        return True
+
+    def check(self):
         """Stops the run at the first loss or gradient that is not a number: nothing after it could be right."""
-        for key in ("loss", "grad_norm"):
-            if not math.isfinite(values[key]):
-                raise SystemExit(f"step {step}: {key} is {float(values[key])}; the log so far is {self.file.name}. "
-                                 f"A lower --lr usually helps.")
+        for step, pair in self.unread:
+            for key, value in zip(("loss", "grad_norm"), pair.tolist()):
+                if not math.isfinite(value):
+                    raise SystemExit(f"step {step}: {key} is {value}; the log so far is {self.file.name}. "
+                                     f"A lower --lr usually helps.")
+        self.unread = []
 
     def log(self, step, values):
         """One line of log.jsonl"""
@@ -199,6 +221,7 @@ class Run:
         self.file.flush()
 
     def finish(self):
+        self.check()
         self.file.close()
         self.settings["seconds"] = round(time.time() - self.began, 1)
         self.model.write(self.folder, self.settings)

@@ -10,11 +10,13 @@ with "category", "kind", "box", "mask" where known. `image` is a path relative t
 or a PIL picture. `--data` takes one of
 
     scenes/train/sft        the drawn world: scenes/SPLIT/TASK, see scenes.py
+    scenes/train/sft/4      the same with four questions about each picture
     my_rows.jsonl           one record a line, pictures beside it
     a folder of parquet files, or a hub id such as openbmb/RLAIF-V-Dataset, whose columns are those of a record
 
 A row that cannot be used is never repaired: it is dropped and counted, and the first few are named.
 """
+import hashlib
 import json
 import os
 
@@ -22,8 +24,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from model import IMAGE, InputError, pad_rows, to_pixels
+from model import InputError, to_pixels
 from scenes import Scenes
+from trees import pack
 
 FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
           "pairs": ("image", "question", "chosen", "rejected")}
@@ -58,6 +61,39 @@ class Rows:
 
     def __len__(self):
         return len(self.rows)
+
+    def trees(self, limit):
+        """Row numbers grouped by picture, at most `limit` a group, in the order of the rows"""
+        if limit == 1:
+            return [[i] for i in range(len(self))]
+        groups = {}
+        for i, picture in enumerate(self._pictures()):
+            groups.setdefault(picture, []).append(i)
+        return [group[at:at + limit] for group in groups.values() for at in range(0, len(group), limit)]
+
+    def _pictures(self):
+        """A key for each row, equal where rows share a picture; no picture is decoded"""
+        if isinstance(self.rows, Scenes):
+            yield from (i // self.rows.questions for i in range(len(self)))
+        elif isinstance(self.rows, list):
+            for i, row in enumerate(self.rows):
+                image = row.get("image") or row.get("images")
+                yield repr(image) if image else i
+        else:
+            column = "image" if "image" in self.rows.column_names else "images"
+            for part in self.rows.select_columns([column]).with_format("arrow").iter(1000):  # arrow: bytes, undecoded
+                for image in part[column].to_pylist():
+                    image = image[0] if isinstance(image, list) else image
+                    value = (image["bytes"] or image["path"]) if isinstance(image, dict) else image
+                    yield hashlib.blake2b(value if isinstance(value, bytes) else repr(value).encode()).digest()
+
+    def identity(self):
+        """A short name of what the rows are, for a key: another text in any row gives another name"""
+        if isinstance(self.rows, Scenes):
+            return f"{self.source} seed {self.rows.seed}"
+        if isinstance(self.rows, list):
+            return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:16]
+        return self.rows._fingerprint
 
     def __getitem__(self, i):
         """-> the record with its picture opened; raises BadRow with the row's name and the reason"""
@@ -109,10 +145,11 @@ def load(source, kind, n=None, seed=0):
     the line or column."""
     if source.startswith("scenes/") and not os.path.exists(source):
         parts = source.split("/")
-        if len(parts) != 3:
-            raise InputError(f"{source}: the drawn world is named scenes/SPLIT/TASK, as in scenes/train/sft")
+        if not (len(parts) == 3 or len(parts) == 4 and parts[3].isdigit() and int(parts[3]) > 0):
+            raise InputError(f"{source}: the drawn world is named scenes/SPLIT/TASK or scenes/SPLIT/TASK/QUESTIONS, "
+                             "as in scenes/train/sft or scenes/train/sft/4")
         try:
-            rows, folder = Scenes(parts[1], n or 20_000, parts[2], seed), None
+            rows, folder = Scenes(parts[1], n or 20_000, parts[2], seed, *map(int, parts[3:])), None
         except ValueError as error:
             raise InputError(f"--data {source}: {error}") from None
         columns = set(rows[0])
@@ -155,64 +192,89 @@ def load(source, kind, n=None, seed=0):
 
 
 class Collator:
-    """A list of record numbers -> (Batch, dropped),
+    """A list of trees (lists of row numbers that share a picture) -> (Batch, dropped),
     in which `dropped` lists the reasons of the rows that were left out.
 
-    A record becomes one row for each of its `responses` (field names); the rows of one record share its picture.
-    For pairs that is chosen then rejected: rows 2i and 2i+1 of the batch are pair i."""
+    A record has one response for each of `responses` (field names), in that order.
+    For pairs that is chosen, rejected: responses 2i and 2i+1 of the batch are pair i, which `batch.rows[i]` names."""
 
     def __init__(self, rows, model, responses=("answer",), max_length=2048):
         self.rows, self.responses, self.max_length = rows, responses, max_length
         # not the model: workers get a copy of this
         self.chat, self.n_image, self.image_processor = model.chat, model.n_image, model.image_processor
 
-    def __call__(self, numbers):
-        images, image_of_row, ids, dropped = [], [], [], []
-        for number in numbers:
-            try:
-                record = self.rows[number]
-                prompt = self.chat.prompt_ids(record["question"], self.n_image)
-                answers = [self.chat.response_ids(record[field]) for field in self.responses]
-                # SFT drops what DPO has to drop
-                rejected = record.get("rejected") if "answer" in self.responses else None
-                unused = self.chat.response_ids(rejected) if isinstance(rejected, str) else []
-                longest = len(prompt) + max(map(len, [*answers, unused]))
-                if longest > self.max_length:  # cutting would take the end of the answer, or worse, image tokens
-                    raise BadRow(f"{self.rows.source} row {number}: {longest} tokens, "
-                                 f"--max_length is {self.max_length}")
-            except BadRow as error:
-                dropped.append(str(error))
-                continue
-            ids += [(prompt, answer) for answer in answers]
-            image_of_row += [len(images)] * len(answers)
-            images.append(record["image"])
-        batch = pad_rows(ids, to_pixels(self.image_processor, images), image_of_row, self.chat.pad_id) \
-            if images else None
+    def __call__(self, trees):
+        images, packed, numbers, dropped = [], [], [], []
+        n_trunk = len(self.chat.trunk_ids(self.n_image))
+        for tree in trees:
+            questions = []
+            for number in tree:
+                try:
+                    record = self.rows[number]
+                    question = self.chat.question_ids(record["question"])
+                    answers = [self.chat.response_ids(record[field]) for field in self.responses]
+                    # SFT drops what DPO has to drop
+                    rejected = record.get("rejected") if "answer" in self.responses else None
+                    unused = self.chat.response_ids(rejected) if isinstance(rejected, str) else []
+                    longest = n_trunk + len(question) + max(map(len, [*answers, unused]))
+                    if longest > self.max_length:  # cutting would take the end of the answer, or worse, image tokens
+                        raise BadRow(f"{self.rows.source} row {number}: {longest} tokens, "
+                                     f"--max_length is {self.max_length}")
+                except BadRow as error:
+                    dropped.append(str(error))
+                    continue
+                questions.append((question, answers))
+                numbers.append((number, len(images)))
+                image = record["image"]
+            if questions:
+                packed.append(questions)
+                images.append(image)
+        if not images:
+            return None, dropped
+        pixels = to_pixels(self.image_processor, images)
+        trunks = [self.chat.trunk_ids(self.n_image, i) for i in range(len(images))]
+        batch = pack(trunks, packed, pixels, self.chat.pad_id)
+        seen = [hashlib.blake2b(repr(trunks[0]).encode() + p.numpy().tobytes(), digest_size=8) for p in pixels]
+        for (number, i), question in zip(numbers, (q for questions in packed for q in questions)):
+            fingerprint = seen[i].copy()
+            fingerprint.update(repr(question).encode())
+            batch.rows += (number, int.from_bytes(fingerprint.digest(), "big", signed=True)),
         return batch, dropped
 
 
-def order(n, batch_size, epochs, seed, steps=None):
-    """The rows of every step: `epochs` seeded shuffles cut into batches, the remainder of an epoch included; or, if
-    `steps` is given, as many shuffles as that many steps take.
+def cut(trees, size):
+    """Consecutive trees in lists of at most `size` rows"""
+    parts, n = [], size
+    for tree in trees:
+        if n + len(tree) > size:
+            parts.append([])
+            n = 0
+        parts[-1].append(tree)
+        n += len(tree)
+    return parts
+
+
+def order(trees, batch_size, epochs, seed, steps=None):
+    """The trees of every step: `epochs` seeded shuffles of `trees` cut into steps of at most `batch_size` rows, the
+    remainder of an epoch included; or, if `steps` is given, as many shuffles as that many steps take.
 
     A function of its arguments alone, so two arms with the same seed read the same rows in the same order."""
-    if steps is not None:
-        epochs = -(-steps // -(-n // batch_size))
-    batches = []
-    for epoch in range(epochs):
+    batches, epoch = [], 0
+    while epoch < epochs if steps is None else len(batches) < steps:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        shuffled = torch.randperm(n, generator=generator).tolist()
-        batches += [shuffled[i:i + batch_size] for i in range(0, n, batch_size)]
+        batches += cut([trees[i] for i in torch.randperm(len(trees), generator=generator).tolist()], batch_size)
+        epoch += 1
     return batches[:steps]
 
 
 def batches(collator, steps, micro_batch, workers=0):
-    """Yields for each step the list of its micro-batches [(Batch, dropped), ...];
-    pictures are decoded by `workers` processes"""
-    micro = [step[i:i + micro_batch] for step in steps for i in range(0, len(step), micro_batch)]
-    loader = iter(DataLoader(range(len(collator.rows)), batch_sampler=micro, collate_fn=collator, num_workers=workers))
-    for step in steps:
-        yield [next(loader) for _ in range(0, len(step), micro_batch)]
+    """Yields for each step the list of its micro-batches [(Batch, dropped), ...] of at most `micro_batch` rows;
+    pictures are decoded by `workers` processes, ahead of the step that needs them"""
+    micro = [cut(step, micro_batch) for step in steps]
+    loader = iter(DataLoader([part for parts in micro for part in parts], batch_size=None, collate_fn=collator,
+                             num_workers=workers, pin_memory=torch.cuda.is_available()))
+    for parts in micro:
+        yield [next(loader) for _ in parts]
 
 
 def texts(source, n=2000):
@@ -231,15 +293,11 @@ def texts(source, n=2000):
 def show(model, collator, number=0):
     """One example as the loss sees it: the text, with the tokens that bear loss in [[ ]]
     and the picture as <image x N>"""
-    batch, dropped = collator([number])
+    batch, dropped = collator([[number]])
     if batch is None:
         return f"the first row cannot be used: {dropped[0]}"
-    lines = []
-    for ids, mask, real in zip(batch.input_ids.tolist(), batch.response_mask.tolist(), batch.attention_mask.tolist()):
-        prompt = [t for t, m, r in zip(ids, mask, real) if r and not m]
-        first = prompt.index(IMAGE)
-        head, tail = prompt[:first], prompt[first + model.n_image:]
-        decode = model.tokenizer.decode
-        response = decode([t for t, m in zip(ids, mask) if m])
-        lines.append(f"{decode(head)}<image x {model.n_image}>{decode(tail)}[[{response}]]")
-    return "\n".join(lines)
+    prompt, decode = batch.input_ids[0, :batch.sources[0] + 1].tolist(), model.tokenizer.decode
+    first = next(i for i, token in enumerate(prompt) if token < 0)
+    before, after = decode(prompt[:first]), decode(prompt[first + model.n_image:])
+    responses = [decode(batch.targets[batch.response_of == r]) for r in range(batch.n_responses)]
+    return "\n".join(f"{before}<image x {model.n_image}>{after}[[{response}]]" for response in responses)

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import common
 import data
-from model import MLLM, InputError, pad_rows
+from model import MLLM, InputError
+from trees import pack
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("runs", nargs="+", help="run directories; the first is the one the others are compared with")
@@ -38,7 +39,7 @@ parser.add_argument("--data", default="scenes/test/vqa",
                     help="questions: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
 parser.add_argument("--n", type=int, help="use only the first N rows (default: all; of the drawn world 1800)")
 parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
-parser.add_argument("--batch_size", type=int, default=128, help="questions, or candidate answers, a forward pass")
+parser.add_argument("--batch_size", type=int, default=128, help="questions a forward pass, with all their candidate answers")
 parser.add_argument("--max_new_tokens", type=int, default=48, help="longest answer in tokens")
 parser.add_argument("--reader", help="swap test: this run's connector and LLM read the vision encoder of every run")
 parser.add_argument("--samples", type=int, default=4, help="answers sampled for a question by --write_pairs")
@@ -88,25 +89,25 @@ def kind_of(record):
 
 
 @torch.no_grad()
-def choose(model, pixels, records, options, batch_size=512):
+def choose(model, pixels, records, options, batch_size=64):
     """The candidate with the highest summed log-probability, end of turn included; None where there are no candidates.
 
     pixels (B,3,H,W) -> list of B strings"""
-    rows, image_of_row, owners = [], [], []
-    for b, record in enumerate(records):
-        prompt = model.chat.prompt_ids(record["question"], model.n_image)
-        for option in options.get(kind_of(record), ()):
-            rows.append((prompt, model.chat.response_ids(option)))
-            image_of_row.append(b)
-            owners.append((b, option))
-    choices, best = [None] * len(records), [-float("inf")] * len(records)
+    choices = [None] * len(records)
+    asked = [b for b, record in enumerate(records) if options.get(kind_of(record))]
+    if not asked:
+        return choices
     image_tokens = model.image_tokens(pixels.to(model.device))
-    for at in range(0, len(rows), batch_size):
-        part = slice(at, at + batch_size)
-        batch = pad_rows(rows[part], pixels, image_of_row[part], model.chat.pad_id).to(model.device)
-        for (b, option), logp in zip(owners[part], model.response_logps(batch, image_tokens).sum(1).tolist()):
-            if logp > best[b]:
-                choices[b], best[b] = option, logp
+    for at in range(0, len(asked), batch_size):
+        part, trees = asked[at:at + batch_size], []
+        for b in part:  # all candidates are branches of one question
+            responses = [model.chat.response_ids(option) for option in options[kind_of(records[b])]]
+            trees.append([(model.chat.question_ids(records[b]["question"]), responses)])
+        batch = pack([model.chat.trunk_ids(model.n_image, b) for b in part], trees, pixels, model.chat.pad_id)
+        batch = batch.to(model.device)
+        logps = iter(batch.per_response(model.response_logps(batch, image_tokens)).tolist())
+        for b in part:
+            choices[b] = max(options[kind_of(records[b])], key=lambda _: next(logps))
     return choices
 
 

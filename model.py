@@ -1,21 +1,24 @@
 """
 The model: vision encoder -> connector -> LLM.
 
-    picture (B,3,H,W) --vision--> features (B,N',D_vision) --connector--> image tokens (B,N,D_llm) --.
-    text ids (B,T) ----embedding-------------------------------------> spliced at the placeholders --> LLM --> log-probs
+    picture (I,3,H,W) --vision--> features (I,N',D_vision) --connector--> image tokens (I,N,D_llm) --.
+    text ids (S,T) ----embedding-------------------------------------> spliced at the placeholders --> LLM --> log-probs
 
 The encoder and the LLM are transformers models, the connector between them is ours. Everything that trains, probes or
 answers goes through the class `MLLM` below: `features` is the one tensor that the LLM, every probe and every gradient
 map reads, `response_logps` is the fast path that the losses use, and `logps` is the plain, slow path that checks it.
 
-Axes: B batch (rows), I pictures, N' patches, N image tokens, T sequence, M response tokens, D width, V vocabulary.
+The fast path repeats nothing: responses that follow the same picture and question are read as branches of one sequence
+(`trees.py`), and `ResponseLogps` scores their tokens without ever holding all their logits.
+
+Axes: I pictures, S packed rows, T row length, N' patches, N image tokens, M response tokens, R responses, D width,
+V vocabulary.
 """
 import json
 import os
 import shutil
 import sysconfig
 import tempfile
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -27,7 +30,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, 
                           Dinov2Model, Dinov2WithRegistersModel, SiglipVisionModel, ViTModel)
 
 FORMAT = 1            # of a run directory; raised when an old one can no longer be read
-IMAGE = -200          # placeholder id: one for each image token; negative, so it can never be a word of any tokenizer
+CHUNK_LOGITS = 2**26  # how many logits exist at a time (256 MB in fp32), whatever the vocabulary and the batch
 SYSTEM = "You are a helpful assistant."  # PIVOT's own; explicit, as templates differ in what they add without one
 
 VISION_FAMILIES = {   # config.model_type -> (class, tokens before the patches); a full SigLIP/CLIP: its vision half
@@ -86,49 +89,28 @@ class Chat:
         # Llama-2 puts a space here that its generation prompt lacks
         lead = before[len(prompt):] if before.startswith(prompt) else ""
         self.lead, self.tail = lead, tail.rstrip() or tokenizer.eos_token
-        tail_ids = self._ids(self.tail)
+        self.head_ids, tail_ids = self._ids(self.head), self._ids(self.tail)
         self.stop_ids = sorted({tail_ids[-1], tokenizer.eos_token_id} - {None})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, question, n_image):
-        """ids of all that precedes the response, with `n_image` placeholders for the picture before the question"""
-        question = question.replace("<image>", "").strip()  # some data sets write the tag; the place is ours
-        return self._ids(self.head) + [IMAGE] * n_image + self._ids("\n" + question + self.middle)
+    def trunk_ids(self, n_image, image=0):
+        """ids of what all questions about a picture share; -1-n stands for image token n of a batch of pictures, and
+        this is its picture number `image`"""
+        return self.head_ids + [-1 - image * n_image - n for n in range(n_image)]
+
+    def question_ids(self, question):
+        """ids of what stands between the picture and the response"""
+        return self._ids("\n" + question.replace("<image>", "").strip() + self.middle)  # the tag's place is ours
+
+    def prompt_ids(self, question, n_image, image=0):
+        """ids of all that precedes the response"""
+        return self.trunk_ids(n_image, image) + self.question_ids(question)
 
     def response_ids(self, response):
         return self._ids(self.lead + response.strip() + self.tail)
-
-
-@dataclass
-class Batch:
-    """What one forward pass needs. Rows may share a picture, encoded once; `image_of_row` says which is whose"""
-    pixels: torch.Tensor         # (I,3,H,W)
-    image_of_row: torch.Tensor   # (B,) index into pixels
-    input_ids: torch.Tensor      # (B,T) right-padded; IMAGE marks the image tokens
-    attention_mask: torch.Tensor  # (B,T) 1 = a real token
-    response_mask: torch.Tensor  # (B,T) True = a token of the response, which is what the loss is about
-
-    def to(self, device):
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
-
-
-def pad_rows(rows, pixels, image_of_row, pad_id):
-    """[(prompt_ids, response_ids), ...] -> Batch, padded on the right:
-
-        ([5, -200, 6], [7, 8])  ->  input_ids [5 -200 6 7 8]   response_mask [0 0 0 1 1]
-        ([5, -200, 6], [9])                   [5 -200 6 9 .]                 [0 0 0 1 0]"""
-    B, T = len(rows), max(len(p) + len(r) for p, r in rows)
-    input_ids = torch.full((B, T), pad_id)
-    attention_mask, response_mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
-    for b, (prompt, response) in enumerate(rows):
-        n = len(prompt) + len(response)
-        input_ids[b, :n] = torch.tensor(prompt + response)
-        attention_mask[b, :n] = 1
-        response_mask[b, len(prompt):n] = True
-    return Batch(pixels, torch.as_tensor(image_of_row), input_ids, attention_mask, response_mask)
 
 
 def to_pixels(image_processor, images):
@@ -136,18 +118,82 @@ def to_pixels(image_processor, images):
     return image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
 
-def token_logps(hidden, weight, bias, targets):
-    """log p(target) at each position from the last hidden states: the hot path of every loss, what --compile compiles.
+def chunk_logps(hidden, weight, bias, targets):
+    """hidden (m,D), weight (V,D), bias (V,) or None, targets (m,) -> log p(target), logsumexp of logits: both (m,)"""
+    logits = F.linear(hidden, weight, bias)                                         # (m,V)
+    total = logits.logsumexp(-1)
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - total, total
 
-    hidden (M,D), weight (V,D), bias (V,) or None, targets (M,) -> (M,) in fp32. M counts response tokens only."""
-    logits = F.linear(hidden, weight, bias).float()                                 # (M,V)
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)   # log_softmax makes a second (M,V)
+
+def chunk_logits_gradient(hidden, weight, bias, targets, total, gradient):
+    """d loss / d logits (m,V), from the gradient (m,) of the log-probs: gradient * (onehot(target) - softmax)"""
+    softmax = F.linear(hidden, weight, bias).sub_(total[:, None]).exp_()            # logits again: cheaper than kept
+    return softmax.mul_(-gradient[:, None]).scatter_add_(-1, targets[:, None], gradient[:, None])
+
+
+class ResponseLogps(torch.autograd.Function):
+    """log p(target) of every response token from the last hidden states: the hot path of every loss.
+
+    `apply(hidden (M,D), weight (V,D), bias (V,) or None, targets (M,), chunk functions) -> (M,)`, all in fp32. Works
+    through the tokens in chunks of CHUNK_LOGITS / V, forward and backward, so that (M,V) logits, which would be the
+    largest tensor of a step, never exist; backward makes each chunk's logits once more. The weight's gradient is
+    summed over chunks in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, functions):
+        ctx.chunk, ctx.functions = max(1, CHUNK_LOGITS // len(weight)), functions
+        logps, totals = zip(*(functions[0](h, weight, bias, t)
+                              for h, t in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))))
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(totals))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, bias, targets, totals = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t) if t is not None and needed else None for t, needed
+                                               in zip((hidden, weight, bias), ctx.needs_input_grad))
+        for at in range(0, len(hidden), ctx.chunk):
+            part = slice(at, at + ctx.chunk)
+            grad_logits = ctx.functions[1](hidden[part], weight, bias, targets[part], totals[part], gradient[part])
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden[part])
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def can_compile():
     """torch.compile needs a C++ compiler and Python's headers; a fresh machine may have neither."""
     has_compiler = any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     return has_compiler and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+
+
+def attention_mask(visible):
+    """bool, True = sees -> 0 or -inf in attention's dtype: made once here, or each layer makes and keeps its own"""
+    kind = visible.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def check_branches(llm):
+    """Raises InputError for an LLM that cannot read a tree: it looks back a limited way, or has its own idea of masks
+    and positions. Checked by trying: of two words that follow a first, the second must not notice its sibling."""
+    layers = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"} or getattr(llm.config, "sliding_window", None):
+        raise InputError("the LLM has layers that look back a limited way (sliding window, linear attention); "
+                         "only full attention is supported")
+    first, sibling, word = llm.get_input_embeddings().weight[:3].detach()
+    visible, positions = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()[None, None], torch.tensor([[0, 1, 1]])
+    with torch.no_grad():
+        last = lambda words, **more: llm.base_model(inputs_embeds=torch.stack(words)[None], use_cache=False,
+                                                    **more).last_hidden_state[0, -1]
+        tree = last([first, sibling, word], attention_mask=attention_mask(visible), position_ids=positions)
+        alone = last([first, word])
+    if not torch.allclose(tree, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
+        raise InputError(f"the attention of LLMs of type '{llm.config.model_type}' does not follow the mask and the "
+                         "positions that packing gives it (trees.py)")
 
 
 def swap(vision, modules):
@@ -185,6 +231,7 @@ class MLLM(nn.Module):
         for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
             if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
                 raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
+        check_branches(llm)
         self.vision, self.llm, self.tokenizer, self.image_processor = vision, llm, tokenizer, image_processor
         self.feature_layer, self.pool, self.chat = feature_layer, pool, Chat(tokenizer)
         self.n_special = n_special + getattr(vision.config, "num_register_tokens", 0)  # CLS and registers: not patches
@@ -201,7 +248,7 @@ class MLLM(nn.Module):
         self.n_image = self.grid[0] * self.grid[1] // pool**2
         d_llm = llm.get_input_embeddings().weight.shape[1]
         self.connector = Connector(vision.config.hidden_size, d_llm, pool)
-        self._token_logps = token_logps
+        self.chunk_functions = (chunk_logps, chunk_logits_gradient)
         for module in self.modules():  # PIVOT uses none, and DPO's policy must start equal to its reference
             for name in ("dropout", "attention_dropout", "drop_prob", "p"):
                 if isinstance(getattr(module, name, None), float):
@@ -292,40 +339,38 @@ class MLLM(nn.Module):
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def splice(self, input_ids, image_tokens):
-        """input_ids (B,T) with IMAGE placeholders, image_tokens (B,N,D) -> input embeddings (B,T,D)"""
-        is_image = input_ids == IMAGE
-        per_row, N = is_image.sum(1), image_tokens.shape[1]
-        if (per_row != N).any():
-            b = int((per_row != N).nonzero()[0])
-            raise InputError(f"row {b} of the batch has {int(per_row[b])} image placeholders for {N} image tokens")
-        embeds = self.llm.get_input_embeddings()(input_ids.clamp(min=0))
-        return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
+        """input_ids (S,T) with -1-n for image token n, image_tokens (I,N,D) -> input embeddings (S,T,D)"""
+        words = self.llm.get_input_embeddings()(input_ids.clamp(min=0)).flatten(0, 1)        # (S*T,D)
+        both = torch.cat([words, image_tokens.flatten(0, 1).to(words.dtype)])
+        own = torch.arange(len(words), device=words.device).view_as(input_ids)
+        index = torch.where(input_ids < 0, len(words) - 1 - input_ids, own)
+        return both.index_select(0, index.flatten()).unflatten(0, input_ids.shape)  # unlike a mask: no wait for the GPU
 
     def response_logps(self, batch, image_tokens=None):
-        """Log-probability of every response token: Batch -> (B,T-1) in fp32, 0 where there is no response token.
+        """Log-probability of every response token: Batch -> (M,) in fp32; `batch.per_response` sums them.
 
-        Column t holds log p(token t+1 | tokens <= t). Only response positions meet the vocabulary: the (B,T,V) logits
-        of prompt and picture are never made. `image_tokens` (I,N,D) may be given, to take a gradient there."""
+        Only response tokens meet the vocabulary, and their last hidden states do so in fp32 (TF32 on a GPU): log-ratios
+        are small differences of large sums. `image_tokens` (I,N,D) may be given, to take a gradient there."""
         if image_tokens is None:
             image_tokens = self.image_tokens(batch.pixels)                              # (I,N,D), each picture once
-        embeds = self.splice(batch.input_ids, image_tokens[batch.image_of_row])         # (B,T,D)
-        hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=batch.attention_mask,
-                                     use_cache=False).last_hidden_state
-        scored = batch.response_mask[:, 1:]                                             # position t predicts token t+1
+        hidden = self.llm.base_model(inputs_embeds=self.splice(batch.input_ids, image_tokens),
+                                     attention_mask=attention_mask(batch.visible()), position_ids=batch.positions,
+                                     use_cache=False).last_hidden_state                 # (S,T,D)
         head = self.llm.get_output_embeddings()
-        logps = self._token_logps(hidden[:, :-1][scored], head.weight, head.bias,
-                                  batch.input_ids[:, 1:][scored])                       # (M,)
-        return torch.zeros(scored.shape, device=logps.device).masked_scatter(scored, logps)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return ResponseLogps.apply(hidden.flatten(0, 1).index_select(0, batch.sources).float(), head.weight,
+                                       head.bias, batch.targets, self.chunk_functions)
 
     def compile_hot_path(self):
         """Compiles the loss hot path. `dynamic`: the number of response tokens changes with every batch."""
-        self._token_logps = torch.compile(token_logps, dynamic=True)
+        self.chunk_functions = tuple(torch.compile(f, dynamic=True) for f in (chunk_logps, chunk_logits_gradient))
 
     def gradient_checkpointing(self):
         """Keeps only each layer's input and recomputes the rest in the backward pass, in the encoder and in the LLM."""
         for part in (self.vision, self.llm):
-            # the reentrant kind loses gradients behind a frozen part
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+            part.gradient_checkpointing_enable({
+                "use_reentrant": False,             # the reentrant kind loses gradients behind a frozen part
+                "preserve_rng_state": False})       # nothing is random in a layer, and keeping it waits for the GPU
 
     def logps(self, images, questions, responses):
         """Summed log-probability of each response, (B,) fp32: row by row, all logits, no padding. The oracle."""
@@ -342,7 +387,7 @@ class MLLM(nn.Module):
     def generate(self, images, questions, max_new_tokens=64, temperature=0.0):
         """One answer a question, as text; greedy at temperature 0, else sampled.
         Batched, left-padded, with a KV cache."""
-        rows = [self.chat.prompt_ids(q, self.n_image) for q in questions]
+        rows = [self.chat.prompt_ids(q, self.n_image, i) for i, q in enumerate(questions)]
         T = max(map(len, rows))
         ids = torch.tensor([[self.chat.pad_id] * (T - len(r)) + r for r in rows], device=self.device)
         mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=self.device)

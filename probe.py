@@ -243,10 +243,10 @@ def segmentation_data(args):
 
 
 def gradient_maps(model, batch):
-    """For pairs (rows 2i chosen, 2i+1 rejected of picture i) -> {"chosen": (I,N), "difference": (I,N)},
+    """For pairs (responses 2i chosen, 2i+1 rejected of picture i) -> {"chosen": (I,N), "difference": (I,N)},
     L1 norms per image token"""
     tokens = model.image_tokens(batch.pixels).detach().requires_grad_()                # (I,N,D): one copy a picture
-    chosen, rejected = rearrange(model.response_logps(batch, tokens).sum(1), "(i two) -> two i", two=2)
+    chosen, rejected = rearrange(batch.per_response(model.response_logps(batch, tokens)), "(i two) -> two i", two=2)
     maps = {}
     for name, objective in {"chosen": chosen, "difference": chosen - rejected}.items():
         gradient, = torch.autograd.grad(objective.sum(), tokens, retain_graph=True)    # pictures do not mix in the sum
@@ -277,7 +277,7 @@ def map_scores(model, collator, records, batch_size, desc):
     maps, scores = {"chosen": [], "difference": []}, {}
     for at in tqdm(range(0, len(records), batch_size), desc=desc):
         chunk = range(at, min(at + batch_size, len(records)))
-        batch, dropped = collator(chunk)
+        batch, dropped = collator([[i] for i in chunk])
         if dropped:
             raise InputError(dropped[0])
         batch.pixels = squash(model, [records[i]["image"] for i in chunk])        # no crop: boxes stay in place

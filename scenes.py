@@ -12,6 +12,7 @@ Splits are disjoint by construction: the layout of a scene (which shape and colo
 decides to which split it belongs. A test layout is never seen in training.
 """
 import argparse
+import functools
 import json
 import os
 import textwrap
@@ -51,6 +52,7 @@ def draw_scene(rng, split):
             return scene
 
 
+@functools.lru_cache
 def shape_mask(shape, radius=5):
     """(12,12) bool: the pixels of one shape, centred, before jitter"""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
@@ -196,34 +198,47 @@ class Scenes:
 
     task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), "foreign" or "plain" (preference pairs),
     "maps" (pairs of descriptions that differ in one object, with its box) or "red" (`label` = shape of the red object,
-    for a probe)."""
+    for a probe). `questions` rows in a row share a picture."""
 
-    def __init__(self, split, n, task="sft", seed=0):
+    def __init__(self, split, n, task="sft", seed=0, questions=1):
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}' of the drawn world; splits: {', '.join(SPLITS)}")
         if task not in TASKS:
             raise ValueError(f"unknown task '{task}' of the drawn world; tasks: {', '.join(TASKS)}")
-        self.split, self.n, self.task, self.seed = split, n, task, seed
+        self.split, self.n, self.task, self.seed, self.questions = split, n, task, seed, questions
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
+        """-> {"image", "question", "answer" or "chosen" and "rejected", "kind", "category", "box", "mask"}"""
         if not 0 <= i < self.n:
             raise IndexError(i)
-        key = zlib.crc32(f"{self.split} {self.task}".encode())
-        return self.record(np.random.default_rng([self.seed, key, i]))
+        return self.about(i // self.questions)[i % self.questions]
 
-    def record(self, rng):
-        """-> {"image", "question", "answer" or "chosen" and "rejected", "kind", "category", "box", "mask"}"""
+    @functools.lru_cache(maxsize=4)  # the rows of a picture are mostly asked for together
+    def about(self, picture):
+        """All rows of one picture"""
+        key = zlib.crc32(f"{self.split} {self.task}".encode())
+        rng = np.random.default_rng([self.seed, key, picture])
         scene = draw_scene(rng, self.split)
         while self.task == "red" and "red" not in {color for _, color in scene.values()}:
             scene = draw_scene(rng, self.split)
         image, mask, boxes = draw_picture(rng, scene)
+        asked = []
+        for _ in range(self.questions):
+            for _ in range(20):  # none is asked twice, as long as there are others
+                row = self.ask(rng, scene, boxes)
+                if row not in asked:
+                    break
+            asked.append(row)
+        return [{"image": image, "mask": mask, **row} for row in asked]
+
+    def ask(self, rng, scene, boxes):
+        """One question about a scene -> the text fields of a record, and "box" """
         cell = int(rng.choice(list(scene)))
-        row = {"image": image, "mask": mask}
         if self.task == "red":  # colour and shape must be bound: no single feature gives it away
-            return {**row, "label": next(SHAPES.index(shape) for shape, color in scene.values() if color == "red")}
+            return {"label": next(SHAPES.index(shape) for shape, color in scene.values() if color == "red")}
         if self.task in ("foreign", "plain", "maps"):
             kind = "describe" if self.task == "maps" or rng.random() < .5 else str(rng.choice(SHORT_KINDS))
             question = "describe the picture." if kind == "describe" else short_question(scene, kind, cell)
@@ -234,7 +249,7 @@ class Scenes:
                                             "shape" if self.task == "maps" else None if kind == "describe" else kind)
                 chosen, rejected = (describe(scene), describe(wrong)) if kind == "describe" else \
                     (short_answer(scene, kind, cell), short_answer(wrong, kind, moved))
-            return {**row, "question": question, "chosen": chosen, "rejected": rejected, "kind": kind,
+            return {"question": question, "chosen": chosen, "rejected": rejected, "kind": kind,
                     "category": "vision-centric", "box": boxes[cell]}
         kind = str(rng.choice(VISION_KINDS + KNOWLEDGE_KINDS))
         if self.task == "sft":  # captions from the first step on: they teach seeing fastest
@@ -251,7 +266,7 @@ class Scenes:
         else:
             kind = "count" if kind == "relation" and len(scene) == 1 else kind  # a relation needs two
             question, answer, asked = ask(rng, scene, kind)
-        return {**row, "question": question, "answer": answer, "kind": kind, "box": boxes.get(asked),
+        return {"question": question, "answer": answer, "kind": kind, "box": boxes.get(asked),
                 "category": "knowledge" if kind in KNOWLEDGE_KINDS else "vision-centric"}
 
 

@@ -33,7 +33,8 @@ folders=()
 for seed in $SEEDS; do
   run=$OUT/seed$seed
   folders+=("$run")
-  stage "$run/stage1" train_sft.py --seed "$seed" --optimizer muon --batch_size 96 --n $((96 * STAGE1_STEPS))
+  stage "$run/stage1" train_sft.py --seed "$seed" --optimizer muon --batch_size 96 --n $((96 * STAGE1_STEPS)) \
+    --data scenes/train/sft/4  # four questions about each picture, which is then read once for all of them
 
   pairs=scenes/train/$PAIRS
   if [ "$PAIRS" = own ]; then
@@ -43,7 +44,7 @@ for seed in $SEEDS; do
   fi
   # rows that stage 1 has not seen, in one order for all arms
   same=(--init "$run/stage1" --n "$N_PAIRS" --epochs "$EPOCHS" --seed "$((seed + 1000))")
-  stage "$run/more" train_sft.py "${same[@]}" --lr "$LR_SFT" --data scenes/train/sft
+  stage "$run/more" train_sft.py "${same[@]}" --lr "$LR_SFT" --data scenes/train/sft/4
   stage "$run/sft"  train_sft.py "${same[@]}" --lr "$LR_SFT" --data "$pairs"
   stage "$run/dpo"  train_dpo.py "${same[@]}" --lr "$LR_DPO" --data "$pairs"
 

@@ -5,9 +5,10 @@ and the vision encoder learns too.
     python train_dpo.py --init runs/stage1 --n 5000 --out runs/dpo   pairs of the drawn world
     python train_dpo.py --init runs/stage1 --data pairs.jsonl --lr 1e-6 --out runs/dpo   your own pairs
 
-Each picture is encoded once for both answers, so the encoder's gradient is that of chosen and rejected together. The
-reference is the starting checkpoint, frozen and in eval mode; log-probs are sums over response tokens (PIVOT, arXiv
-2510.16333, Eq. 1; its code: beta 0.1, lr 1e-6, 3 epochs of 20,000 pairs, 256 pairs a step, all three parts trained).
+Picture and question are read once for both answers, so the encoder's gradient is that of chosen and rejected together.
+The reference is the starting checkpoint. It never changes, so its log-probs are computed once and remembered beside it.
+Log-probs are sums over response tokens (PIVOT, arXiv 2510.16333, Eq. 1; its code: beta 0.1, lr 1e-6, 3 epochs of 20,000
+pairs, 256 pairs a step, all three parts trained).
 
     diff train_sft.py train_dpo.py
 
@@ -16,16 +17,21 @@ length, and its second encoding of the same picture (same gradient, twice the wo
 """
 import argparse
 import copy
+import hashlib
+import json
+import os
 import time
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import common
 import data
-from model import MLLM
+from model import MLLM, InputError
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="scenes/train/foreign",
@@ -37,6 +43,9 @@ parser.add_argument("--label_smoothing", type=float, default=0.0,
                     help="assumed share of pairs whose preference is the wrong way round (cDPO)")
 parser.add_argument("--sft_weight", type=float, default=0.0,
                     help="weight of an added SFT loss on the chosen answers (token mean)")
+parser.add_argument("--reference", choices=("remembered", "live"), default="remembered",
+                    help="remembered: the reference's log-probs are computed once, kept in INIT.reference/ and found "
+                         "there by later runs; live: a second model in memory computes them at every step")
 common.add_training_flags(parser, lr=1e-3, epochs=3, batch_size=64)
 
 
@@ -57,47 +66,133 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     return losses, chosen.detach(), rejected.detach()
 
 
+class Reference:
+    """Log-probs of the starting checkpoint as numbers: computed once, with the model that is about to be trained.
+
+    Kept in INIT.reference/NAME.safetensors; NAME is a hash of all they depend on, so an epoch, a restart or another
+    learning rate finds them, and other weights or rows do not. Each pair also carries a fingerprint of the very ids and
+    pixels that were read; a pair that would now be read otherwise (its picture was replaced, say) is refused."""
+
+    def __init__(self, init, model, rows, precision, questions_per_tree):
+        digest = lambda *parts: hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        weights = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            weights.update(name.encode())
+            weights.update(tensor.cpu().contiguous().numpy())
+        chat = model.chat
+        self.key = {"weights": weights.hexdigest()[:16], "rows": rows.identity(), "precision": precision,
+                    "template": digest(chat.head, chat.middle, chat.lead, chat.tail),
+                    "tokenizer": digest(json.dumps(model.tokenizer.get_vocab(), sort_keys=True)),
+                    "image processing": digest(model.image_processor.to_json_string()),
+                    "questions_per_tree": questions_per_tree}
+        self.source = rows.source
+        self.file = f"{init.rstrip('/')}.reference/{digest(json.dumps(self.key))}.safetensors"
+        self.logps = {}                                                         # row -> fingerprint, log p of both
+        if os.path.exists(self.file):
+            try:
+                with safe_open(self.file, "pt") as f:
+                    found = json.loads((f.metadata() or {}).get("key", "{}"))
+                    table = {name: f.get_tensor(name).tolist() for name in f.keys()}
+            except SafetensorError as error:
+                raise InputError(f"{self.file} cannot be read ({error}); remove it") from None
+            other = [name for name in self.key if self.key[name] != found.get(name)]
+            if other:
+                raise InputError(f"{self.file} was computed with other {', '.join(other)}; remove it")
+            self.logps = {row: values for row, *values in
+                          zip(table["row"], table["fingerprint"], table["chosen"], table["rejected"])}
+
+    def save(self):
+        rows, values = list(self.logps), list(zip(*self.logps.values()))
+        os.makedirs(os.path.dirname(self.file), exist_ok=True)
+        whole = f"{self.file}.{os.getpid()}.tmp"                                # another run may be writing the same
+        save_file({"row": torch.tensor(rows), "fingerprint": torch.tensor(values[0]),
+                   "chosen": torch.tensor(values[1]), "rejected": torch.tensor(values[2])},
+                  whole, {"key": json.dumps(self.key)})
+        os.replace(whole, self.file)
+
+    @torch.no_grad()
+    def fill(self, model, collator, steps, micro_batch, workers, autocast):
+        """Computes what is not there yet, in the very micro-batches of training: a step 0 of exactly log 2."""
+        missing, todo = {row for step in steps for tree in step for row in tree} - set(self.logps), []
+        for part in (part for step in steps for part in data.cut(step, micro_batch)):
+            here = {row for tree in part for row in tree}
+            todo += [part] if here & missing else []
+            missing -= here
+        before, saved = len(self.logps), time.time()
+        for ((batch, _),) in tqdm(data.batches(collator, todo, micro_batch, workers), total=len(todo),
+                                  desc="reference", disable=not todo):
+            if batch is None:
+                continue
+            with autocast():
+                logps = batch.per_response(model.response_logps(batch.to(model.device))).tolist()
+            for (row, fingerprint), chosen, rejected in zip(batch.rows, logps[0::2], logps[1::2]):
+                self.logps[row] = fingerprint, chosen, rejected
+            if time.time() - saved > 60:                                        # a kill loses a minute
+                self.save()
+                saved = time.time()
+        if len(self.logps) > before:
+            self.save()
+        print(f"reference   {self.file}: {len(self.logps)} pairs, {len(self.logps) - before} computed now")
+
+    def __call__(self, batch):
+        """-> (R,) fp32, chosen and rejected in turn"""
+        for row, fingerprint in batch.rows:
+            if self.logps[row][0] != fingerprint:
+                raise InputError(f"{self.source} row {row} is not what {self.file} was computed from: its picture, or "
+                                 "the code that prepares it, changed since; remove that file")
+        return torch.tensor([logp for row, _ in batch.rows for logp in self.logps[row][1:]])
+
+
 def main():
     args = parser.parse_args()
     common.check_out(args.out)
-    device, autocast = common.setup(args.seed)
+    device, autocast = common.setup(args.seed, args.matmul)
 
     # ---- model, reference and data
     model = MLLM.load(args.init)
-    reference = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    rows = data.load(args.data, "pairs", args.n, args.seed)
+    rows, micro_batch = data.load(args.data, "pairs", args.n, args.seed), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
-    steps = data.order(len(rows), args.batch_size, args.epochs, args.seed, args.steps)
+    per_tree = min(args.questions_per_tree, micro_batch)
+    trees = rows.trees(per_tree)
+    steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
+    if args.reference == "remembered":
+        reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}", per_tree)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-        reference.compile_hot_path()
-    run, drift = (common.Run(args, model, parent=args.init, data=args.data, rows=len(rows), total_steps=len(steps)),
-                  common.Drift(model))
+    run, drift = (common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows),
+                             trees=len(trees)), common.Drift(model))
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
+    if args.reference == "remembered":
+        reference.fill(model, collator, steps, micro_batch, args.workers, autocast)
+    else:
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
 
     # ---- train
-    n_dropped, bar = 0, tqdm(data.batches(collator, steps, args.micro_batch or args.batch_size, args.workers),
-                             total=len(steps), desc="dpo")
+    n_dropped, n_pairs_since, since = 0, 0, time.time()
+    bar = tqdm(data.batches(collator, steps, micro_batch, args.workers), total=len(steps), desc="dpo")
     for step, micro_batches in enumerate(bar):
-        began = time.time()
         for _, dropped in micro_batches:
             n_dropped = common.report_dropped(dropped, n_dropped)
         step_batches = [batch for batch, _ in micro_batches if batch is not None]
         if not step_batches:
             continue  # every row of the step was dropped, and said so
-        n_pairs = sum(len(batch.input_ids) // 2 for batch in step_batches)
-        n_chosen_tokens = sum(int(batch.response_mask[0::2].sum()) for batch in step_batches)
+        n_pairs = sum(len(batch.rows) for batch in step_batches)
+        n_chosen_tokens = sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches)
         sums = {}
         for batch in step_batches:
-            batch = batch.to(device)
-            with torch.no_grad(), autocast():
-                reference_logps = reference.response_logps(batch).sum(1)        # (2B,)
+            if args.reference == "remembered":
+                reference_logps = reference(batch).to(device, non_blocking=True)    # (2B,) of B pairs
+                batch = batch.to(device)
+            else:
+                batch = batch.to(device)
+                with torch.no_grad(), autocast():
+                    reference_logps = batch.per_response(frozen.response_logps(batch))
             with autocast():
-                policy_logps = model.response_logps(batch).sum(1)               # (2B,) fp32
+                policy_logps = batch.per_response(model.response_logps(batch))  # (2B,) fp32
             policy_chosen, policy_rejected = rearrange(policy_logps, "(b two) -> two b", two=2)
             reference_chosen, reference_rejected = rearrange(reference_logps, "(b two) -> two b", two=2)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -112,13 +207,13 @@ def main():
                                 "rejected_logp": policy_rejected.detach()}.items():
                 sums[name] = sums.get(name, 0) + value.sum() / n_pairs          # stays on the device until it is logged
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        stats = optimizer.step(step)
-        run.check(step, {**sums, **stats})
-        if step % args.log_every == 0 or step == len(steps) - 1:
-            run.log(step, {**sums, **stats, **drift(), "pairs_per_s": n_pairs / (time.time() - began),
-                           "dropped": n_dropped, "peak_mb": common.peak_memory_mb(device)})
+        n_pairs_since += n_pairs
+        if run.step(step, {**sums, **optimizer.step(step)}, lambda: {
+                **drift(), "pairs_per_s": n_pairs_since / (time.time() - since), "dropped": n_dropped,
+                "peak_mb": common.peak_memory_mb(device)}):
+            n_pairs_since, since = 0, time.time()
             bar.set_postfix(loss=f"{float(sums['loss']):.3f}", accuracy=f"{float(sums['accuracy']):.2f}")
-    if n_dropped == sum(map(len, steps)):
+    if n_dropped == sum(len(tree) for step in steps for tree in step):
         raise SystemExit(f"--data {args.data}: not one row could be used")
     run.finish()
 

@@ -67,47 +67,45 @@ def start(args):
 def main():
     args = parser.parse_args()
     common.check_out(args.out)
-    device, autocast = common.setup(args.seed)
+    device, autocast = common.setup(args.seed, args.matmul)
 
     # ---- model and data
     model = start(args)
-    rows = data.load(args.data, "sft", args.n, args.seed)
+    rows, micro_batch = data.load(args.data, "sft", args.n, args.seed), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("answer",), args.max_length)
-    steps = data.order(len(rows), args.batch_size, args.epochs, args.seed, args.steps)
+    trees = rows.trees(min(args.questions_per_tree, micro_batch))
+    steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run, drift = (common.Run(args, model, parent=args.init, data=args.data, rows=len(rows), total_steps=len(steps)),
-                  common.Drift(model))
+    run, drift = (common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows),
+                             trees=len(trees)), common.Drift(model))
     print(f"example     {data.show(model, collator)}\n")
 
     # ---- train
-    n_dropped, bar = 0, tqdm(data.batches(collator, steps, args.micro_batch or args.batch_size, args.workers),
-                             total=len(steps), desc="sft")
+    n_dropped, bar = 0, tqdm(data.batches(collator, steps, micro_batch, args.workers), total=len(steps), desc="sft")
     for step, micro_batches in enumerate(bar):
         for _, dropped in micro_batches:
             n_dropped = common.report_dropped(dropped, n_dropped)
         step_batches = [batch for batch, _ in micro_batches if batch is not None]
         if not step_batches:
             continue  # every row of the step was dropped, and said so
-        n_tokens = sum(int(batch.response_mask.sum()) for batch in step_batches)
+        n_tokens = sum(len(batch.targets) for batch in step_batches)
         loss = 0.0
         for batch in step_batches:
             with autocast():
-                logps = model.response_logps(batch.to(device))                  # (B,T-1)
+                logps = model.response_logps(batch.to(device))                  # (M,)
             micro_loss = -logps.sum() / n_tokens                                # its share in the step's token mean
             micro_loss.backward()
             loss += micro_loss.detach()
-        stats = optimizer.step(step)
-        run.check(step, {"loss": loss, **stats})
-        if step % args.log_every == 0 or step == len(steps) - 1:
-            run.log(step, {"loss": loss, **stats, **drift(), "tokens": n_tokens, "dropped": n_dropped,
-                           "peak_mb": common.peak_memory_mb(device)})
+        stats = {"loss": loss, **optimizer.step(step)}
+        if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "dropped": n_dropped,
+                                          "peak_mb": common.peak_memory_mb(device)}):
             bar.set_postfix(loss=f"{float(loss):.3f}")
-    if n_dropped == sum(map(len, steps)):
+    if n_dropped == sum(len(tree) for step in steps for tree in step):
         raise SystemExit(f"--data {args.data}: not one row could be used")
     run.finish()
 

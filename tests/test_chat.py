@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from conftest import TOKENIZERS
-from model import IMAGE, SYSTEM, Chat, pad_rows
+from model import SYSTEM, Chat
+from trees import pack
 
 END = {"chatml": "<|im_end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": " </s>"}
 QUESTION, ANSWER = "what color is the ring?", "It is red,\nas far as I see."
@@ -16,10 +17,9 @@ def conversation(question, answer=None):
 
 
 def as_text(tokenizer, ids):
-    """ids -> text, each run of placeholders as one <image>"""
-    n = ids.count(IMAGE)
-    first = ids.index(IMAGE)
-    assert ids[first:first + n] == [IMAGE] * n
+    """ids -> text, the image tokens 0, 1, ... of picture 0, each once and in order, as one <image>"""
+    first, n = ids.index(-1), sum(i < 0 for i in ids)
+    assert ids[first:first + n] == [-1 - i for i in range(n)]
     return tokenizer.decode(ids[:first]) + "<image>" + tokenizer.decode(ids[first + n:])
 
 
@@ -29,7 +29,7 @@ def test_prompt_and_response_are_the_template(name, tokenizers):
     tokenizer, chat = tokenizers[name], Chat(tokenizers[name])
     prompt, response = chat.prompt_ids(QUESTION, 4), chat.response_ids(ANSWER)
     render = lambda turns, **kw: tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False, **kw)
-    assert prompt.count(IMAGE) == 4
+    assert sum(i < 0 for i in prompt) == 4 and min(response) >= 0
     assert as_text(tokenizer, prompt + response) == render(conversation("<image>\n" + QUESTION, ANSWER)).rstrip()
     generation = render(conversation("<image>\n" + QUESTION), add_generation_prompt=True)
     assert as_text(tokenizer, prompt) == generation
@@ -43,7 +43,9 @@ def test_prompt_ids_are_those_of_the_template(name, tokenizers):
     text = tokenizer.apply_chat_template(conversation("<image>\n" + QUESTION), tokenize=False, enable_thinking=False, add_generation_prompt=True)
     before, after = text.split("<image>")
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert chat.prompt_ids(QUESTION, 2) == ids(before) + [IMAGE] * 2 + ids(after)
+    assert chat.prompt_ids(QUESTION, 2) == ids(before) + [-1, -2] + ids(after)
+    assert chat.prompt_ids(QUESTION, 2, 3) == ids(before) + [-7, -8] + ids(after)  # pictures 0, 1 and 2 have the six image tokens before
+    assert chat.trunk_ids(2, 3) + chat.question_ids(QUESTION) == chat.prompt_ids(QUESTION, 2, 3)
     if name.startswith("llama"):
         assert chat.prompt_ids(QUESTION, 2).count(tokenizer.bos_token_id) == 1
 
@@ -52,15 +54,22 @@ def test_prompt_ids_are_those_of_the_template(name, tokenizers):
 def test_the_loss_is_on_answer_and_end_of_turn(name, tokenizers):
     # decoded, the loss-bearing tokens are the answer and the token that ends the turn; generation stops at that token
     tokenizer, chat = tokenizers[name], Chat(tokenizers[name])
-    rows = [(chat.prompt_ids(QUESTION, 3), chat.response_ids(answer)) for answer in (ANSWER, "  no \n")]
-    batch = pad_rows(rows, torch.zeros(1, 3, 2, 2), [0, 0], chat.pad_id)
-    bear_loss = [tokenizer.decode(ids[mask]).removeprefix(chat.lead) for ids, mask in zip(batch.input_ids, batch.response_mask)]
-    assert bear_loss == [ANSWER + END[name], "no" + END[name]]
-    for ids, mask in zip(batch.input_ids, batch.response_mask):
-        last = int(ids[mask][-1])
+    tree = [(chat.question_ids(QUESTION), [chat.response_ids(answer) for answer in (ANSWER, "  no \n")])]
+    batch = pack([chat.trunk_ids(3)], [tree], torch.zeros(1, 3, 2, 2), chat.pad_id)
+    bear_loss = [batch.targets[batch.response_of == r] for r in range(2)]
+    assert [tokenizer.decode(ids).removeprefix(chat.lead) for ids in bear_loss] == [ANSWER + END[name], "no" + END[name]]
+    for ids in bear_loss:
+        last = int(ids[-1])
         assert last in chat.stop_ids and tokenizer.decode([last]) == END[name].strip()
     assert tokenizer.eos_token_id in chat.stop_ids
-    assert not batch.response_mask[batch.attention_mask == 0].any() and not batch.response_mask[batch.input_ids == IMAGE].any()
+    # no prompt, picture or padding among them: each is predicted from the whole prompt and what its own answer has said so far, and nothing else
+    at = 0
+    for r, response in enumerate(tree[0][1]):
+        for n, token in enumerate(response):
+            seen = batch.input_ids[0, batch.visible()[0, 0, batch.sources[at]]].tolist()
+            assert (seen, int(batch.targets[at])) == (chat.prompt_ids(QUESTION, 3) + response[:n], token) and batch.response_of[at] == r
+            at += 1
+    assert at == len(batch.targets) == len(batch.sources)
 
 
 @parametrize

@@ -1,6 +1,9 @@
 """Rows on the way in: the drawn world against an oracle that reads its pictures, every bad row by name, every format to the same record."""
 import json
+import pickle
+import random
 import re
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -10,7 +13,6 @@ from PIL import Image
 
 import data
 import scenes
-from model import IMAGE
 from scenes import COLORS, NUMBERS, PLACES, SHAPES, Scenes
 
 # ---- the drawn world ---------------------------------------------------------------------------------------------------------
@@ -121,6 +123,60 @@ def test_a_row_depends_on_seed_split_task_and_index_alone(world):
     for i in (-1, 10):
         with pytest.raises(IndexError):
             Scenes("test", 10)[i]
+
+
+def same_row(a, b):
+    pixels = all(np.array_equal(np.array(a[k]), np.array(b[k])) for k in ("image", "mask"))
+    return pixels and a.keys() == b.keys() and all(a[k] == b[k] for k in a if k not in ("image", "mask"))
+
+
+def test_one_question_a_picture_is_the_world_as_it_was(world):
+    # the draws in their order, written out: scene, picture, then the question; and three rows as they were before there were more questions
+    for (split, task), rows in world.items():
+        for i in range(0, len(rows), 25):
+            rng = np.random.default_rng([0, zlib.crc32(f"{split} {task}".encode()), i])
+            scene = scenes.draw_scene(rng, split)
+            while task == "red" and not any(color == "red" for _, color in scene.values()):
+                scene = scenes.draw_scene(rng, split)
+            image, mask, boxes = scenes.draw_picture(rng, scene)
+            assert same_row(rows[i], {"image": image, "mask": mask, **Scenes(split, 1, task).ask(rng, scene, boxes)})
+    told = [[world[key][7].get(k) for k in ("question", "answer", "chosen", "rejected", "kind", "box")]
+            for key in (("train", "sft"), ("test", "vqa"), ("test", "plain"))]
+    cells = "empty, empty, empty, diamond green, cross cyan, ring yellow, square blue, empty, empty"
+    assert told == [["name every cell.", cells, None, None, "caption", None],
+                    ["what do blue and green make?", "cyan", None, None, "mix", None],
+                    ["describe the picture.", None, "green ring at top right", "green ring at top left", "describe", (24, 0, 34, 10)]]
+
+
+@pytest.mark.parametrize("task", ["sft", "vqa", "foreign", "plain", "maps"])
+def test_questions_about_one_picture(task):
+    # four rows in a row share a picture and no two are the same; the first of them is the row of the world with one question a picture
+    rows, single = list(Scenes("test", 402, task, questions=4)), list(Scenes("test", 101, task))
+    assert len(rows) == 402 and len({row["image"].tobytes() for row in rows}) == 101    # the last picture has two questions
+    for i in range(101):
+        about = rows[4 * i:4 * i + 4]
+        assert all(np.array_equal(row["image"], about[0]["image"]) and np.array_equal(row["mask"], about[0]["mask"]) for row in about)
+        fields = ("question",) if task in ("sft", "vqa") else ("question", "chosen", "rejected")  # one question may have several pairs
+        assert len({tuple(row[k] for k in fields) for row in about}) == len(about)
+        assert same_row(about[0], single[i])
+        for row in about if task == "vqa" else ():
+            assert row["answer"] == oracle(read_picture(row), row["question"])
+    if task == "vqa":  # later questions are drawn like the first: of all nine kinds
+        kinds = Counter(row["kind"] for i, row in enumerate(rows) if i % 4)
+        assert len(kinds) == 9 and min(kinds.values()) > 15
+
+
+def test_a_question_depends_on_no_other_that_was_asked_for():
+    # shuffled, so that pictures fall out of the cache and come back; from a longer world; from a copy, as a worker has it; through load: the same
+    expected, loaded = list(Scenes("train", 60, "sft", questions=4)), data.load("scenes/train/sft/4", "sft", 60)
+    world, longer = Scenes("train", 60, "sft", questions=4), Scenes("train", 9000, "sft", questions=4)
+    copy, numbers = pickle.loads(pickle.dumps(world)), list(range(60)) * 2
+    random.Random(0).shuffle(numbers)
+    for i in numbers:
+        assert all(same_row(each[i], expected[i]) for each in (world, longer, copy)) and len(loaded) == 60
+        assert all(np.array_equal(np.array(loaded[i][k]), np.array(expected[i][k])) for k in ("image", "question", "answer", "mask"))
+    other_seed, three = Scenes("train", 60, "sft", 1, 4), Scenes("train", 60, "sft", 0, 3)
+    assert not any(same_row(other_seed[i], expected[i]) for i in range(60)) and same_row(three[5], expected[6])
 
 
 def test_the_mask_fills_its_boxes():
@@ -277,6 +333,8 @@ def test_a_bad_row_is_named(row, kind, reason, folder):
     ("nobody/nothing", "sft", ValueError, r"--data nobody/nothing cannot be loaded: .+"),
     ("{f}/parquet", "sft", FileNotFoundError, r"--data \S+parquet: neither scenes.+ nor a hub id"),
     ("scenes/train", "sft", ValueError, r"scenes/train: the drawn world is named scenes/SPLIT/TASK.+"),
+    *((f"scenes/train/sft{more}", "sft", data.InputError, rf"scenes/train/sft{more}: the drawn world is named scenes/SPLIT/TASK or "
+       "scenes/SPLIT/TASK/QUESTIONS, as in scenes/train/sft or scenes/train/sft/4") for more in ("/0", "/-1", "/two", "/2.5", "/", "/4/4")),
     ("scenes/validation/sft", "sft", ValueError, r".*unknown split 'validation' of the drawn world; splits: train, tune, test"),
     ("scenes/train/dpo", "sft", ValueError, r".*unknown task 'dpo' of the drawn world.*"),
     ("scenes/train/sft", "pairs", ValueError, r"scenes/train/sft has no column 'chosen', 'rejected'; it has: .+"),
@@ -343,26 +401,116 @@ def test_the_drawn_world_survives_a_disk(tmp_path):
 # ---- rows to batches ---------------------------------------------------------------------------------------------------------
 
 
+PICTURES = {"a.png": [0, 2, 3, 6, 7, 8], "b.png": [1, 5], "c.png": [4]}  # nine rows: which are about which picture, in the order of the rows
+
+
+def test_trees_group_the_rows_of_a_picture(folder, pictures):
+    # JSONL by path, parquet by the picture's bytes, TRL's lists of pictures as JSONL and as parquet: the same groups, in the order of the rows
+    datasets = pytest.importorskip("datasets")
+    pictures[0].rotate(90).save(folder / "c.png")                                       # as large as a.png, and another picture
+    names = [next(name for name, rows in PICTURES.items() if i in rows) for i in range(9)]
+    texts = [{"question": f"q{i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(9)]
+    turns = [{"prompt": [{"role": "user", "content": t["question"]}], **{k: [{"role": "assistant", "content": t[k]}] for k in ("chosen", "rejected")}}
+             for t in texts]
+    sources = [write(folder, *({"image": n, **t} for n, t in zip(names, texts)))]
+    (folder / "trl.jsonl").write_text("".join(json.dumps({"images": [n], **t}) + "\n" for n, t in zip(names, turns)))
+    sources.append(str(folder / "trl.jsonl"))
+    images = [{"bytes": (folder / name).read_bytes(), "path": f"{i}.png"} for i, name in enumerate(names)]  # each row has its own path
+    for column, feature, table in (("image", datasets.Image(), [{"image": image, **t} for image, t in zip(images, texts)]),
+                                   ("images", [datasets.Image()], [{"images": [image], **t} for image, t in zip(images, turns)])):
+        made = datasets.Dataset.from_list(table).cast_column(column, feature)
+        (folder / column).mkdir()
+        for part, numbers in enumerate((range(4), range(4, 9))):                        # two files, and two of the pictures are in both
+            made.select(numbers).to_parquet(folder / column / f"{part}.parquet")
+        sources.append(str(folder / column))
+    for source in sources:
+        rows = data.load(source, "pairs")
+        assert rows[6]["question"] == "q6?" and np.array_equal(rows[4]["image"], Image.open(folder / "c.png"))
+        for limit in (2, 3, 4, 100):
+            assert rows.trees(limit) == [group[i:i + limit] for group in PICTURES.values() for i in range(0, len(group), limit)]
+        assert rows.trees(1) == [[i] for i in range(9)]                                 # every row by itself, in order
+        assert data.load(source, "pairs", n=5).trees(4) == [[0, 2, 3], [1], [4]]
+        assert data.load(source, "sft").trees(4) == rows.trees(4)                       # both arms, one order
+
+
+def test_trees_decode_no_picture(folder):
+    # a table of a million pictures is grouped by bytes: a row whose picture cannot be opened is grouped too, and named only when it is read
+    datasets = pytest.importorskip("datasets")
+    bad, good = {"bytes": b"no picture", "path": None}, {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    (folder / "parquet").mkdir()
+    datasets.Dataset.from_dict({"image": [bad, good, bad, good, None], "question": ["q"] * 5, "answer": ["a"] * 5}, features).to_parquet(
+        folder / "parquet/0.parquet")
+    rows = data.load(str(folder / "parquet"), "sft")
+    assert rows.trees(4) == [[0, 2], [1, 3], [4]]
+    gone, without = {**GOOD, "image": "gone.png"}, {"question": "?"}
+    missing = data.load(write(folder, gone, GOOD, gone, without, without), "sft")
+    assert missing.trees(4) == [[0, 2], [1], [3], [4]]                                  # rows without a picture share none
+
+
+def test_trees_of_the_drawn_world():
+    # scenes/SPLIT/TASK/QUESTIONS: consecutive rows share a picture; without QUESTIONS each row has its own
+    assert data.load("scenes/train/sft/4", "sft", 10).trees(4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert data.load("scenes/train/sft/4", "sft", 10).trees(3) == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]
+    assert data.load("scenes/train/foreign/2", "pairs", 5).trees(4) == [[0, 1], [2, 3], [4]]
+    assert data.load("scenes/train/sft", "sft", 3).trees(4) == data.load("scenes/train/sft/4", "sft", 3).trees(1) == [[0], [1], [2]]
+
+
 def test_order_covers_every_row_each_epoch():
     # a function of its arguments; every epoch is another shuffle of all rows, the remainder included
-    steps = data.order(11, 4, 3, seed=5)
-    assert [len(step) for step in steps] == [4, 4, 3] * 3 and steps == data.order(11, 4, 3, seed=5)
-    epochs = [sum(steps[i:i + 3], []) for i in (0, 3, 6)]
+    rows = [[i] for i in range(11)]
+    steps = data.order(rows, 4, 3, seed=5)
+    assert [len(step) for step in steps] == [4, 4, 3] * 3 and steps == data.order(rows, 4, 3, seed=5)
+    epochs = [sum(sum(steps[i:i + 3], []), []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert data.order(11, 4, 1, seed=6)[0] != steps[0] and data.order(11, 4, 1, seed=5) == steps[:3]
+    assert data.order(rows, 4, 1, seed=6)[0] != steps[0] and data.order(rows, 4, 1, seed=5) == steps[:3]
+    as_before = torch.randperm(11, generator=torch.Generator().manual_seed(5 * 1_000_003)).tolist()     # the rows of single pictures as ever
+    assert epochs[0] == as_before
+
+
+def test_order_and_cut_keep_trees_whole():
+    # trees of one to four rows: each whole in one step and in one micro-batch, every row once an epoch, never more rows than were asked for,
+    # and a step ends only where the next tree does not fit
+    generator, numbers, trees = random.Random(0), iter(range(100_000)), []
+    for _ in range(60):
+        trees.append([next(numbers) for _ in range(generator.randint(1, 4))])
+    for batch_size in (4, 7, 64):
+        steps = data.order(trees, batch_size, 2, seed=1)
+        half = next(i for i in range(len(steps)) if sum(map(len, steps[:i + 1])) == len(trees)) + 1
+        assert all(sorted(sum(epoch, [])) == trees for epoch in (steps[:half], steps[half:])) and steps[:half] != steps[half:]
+        micro_batches = [(data.cut(step, micro), micro) for step in steps for micro in (4, 6)]
+        for parts, limit in [(steps[:half], batch_size), (steps[half:], batch_size), *micro_batches]:
+            sizes = [sum(map(len, part)) for part in parts]
+            assert 0 < min(sizes) and max(sizes) <= limit
+            assert all(n + len(following[0]) > limit for n, following in zip(sizes, parts[1:]))
+        assert all(sum(data.cut(step, 4), []) == step for step in steps)                # in order, nothing lost
+        assert steps == data.order([list(tree) for tree in trees], batch_size, 2, seed=1) != data.order(trees, batch_size, 2, seed=2)
+
+
+def branches(batch):
+    """[(prompt, response) of each response], read off the batch through its mask: what the last token of a response sees, and itself"""
+    found, T = [], batch.input_ids.shape[1]
+    for r in range(batch.n_responses):
+        sources, response = batch.sources[batch.response_of == r].tolist(), batch.targets[batch.response_of == r].tolist()
+        s, t = divmod(sources[-1] + 1 if len(response) > 1 else sources[-1], T)
+        seen = batch.input_ids[s, batch.visible()[s, 0, t]].tolist()
+        assert len(response) > 1 and seen[-len(response):] == response
+        found.append((seen[:-len(response)], response))
+    return found
 
 
 def test_collator_pairs_share_a_picture(make):
-    # rows 2i and 2i+1 are chosen and rejected of pair i: one picture, one prompt, their own responses
-    model, rows = make(), data.load("scenes/train/foreign", "pairs", 4)
-    batch, dropped = data.Collator(rows, model, ("chosen", "rejected"))([2, 0])
-    assert dropped == [] and batch.pixels.shape == (2, 3, 24, 24) and batch.image_of_row.tolist() == [0, 0, 1, 1]
-    assert torch.equal(batch.pixels, model.pixels([rows[2]["image"], rows[0]["image"]]))
-    for row, (number, field) in enumerate([(2, "chosen"), (2, "rejected"), (0, "chosen"), (0, "rejected")]):
-        real, scored = batch.attention_mask[row].bool(), batch.response_mask[row]
-        prompt, response = model.chat.prompt_ids(rows[number]["question"], 9), model.chat.response_ids(rows[number][field])
-        assert batch.input_ids[row][real].tolist() == prompt + response and batch.input_ids[row][scored].tolist() == response
-        assert (batch.input_ids[row] == IMAGE).sum() == 9 and real.tolist() == sorted(real.tolist(), reverse=True)  # padded on the right
+    # responses 2i and 2i+1 are chosen and rejected of pair i, which batch.rows names: one picture, one prompt, their own words
+    model = make()
+    for source, trees in (("scenes/train/foreign", [[2], [0]]), ("scenes/train/foreign/3", [[3, 4, 5], [1], [0, 2]])):
+        rows = data.load(source, "pairs", 6)
+        batch, dropped = data.Collator(rows, model, ("chosen", "rejected"))(trees)
+        assert dropped == [] and batch.n_responses == 2 * len(sum(trees, [])) and [row for row, _ in batch.rows] == sum(trees, [])
+        assert batch.pixels.shape == (len(trees), 3, 24, 24) and torch.equal(batch.pixels, model.pixels([rows[tree[0]]["image"] for tree in trees]))
+        expected = [(model.chat.prompt_ids(rows[i]["question"], 9, image), model.chat.response_ids(rows[i][field]))
+                    for image, tree in enumerate(trees) for i in tree for field in ("chosen", "rejected")]
+        assert branches(batch) == expected
+        assert (batch.input_ids < 0).sum() == 9 * len(trees)                            # the picture is not repeated
 
 
 def test_collator_drops_and_names(make, folder):
@@ -370,27 +518,49 @@ def test_collator_drops_and_names(make, folder):
     model = make()
     rows = data.load(write(folder, PAIR, {**PAIR, "rejected": "long " * 50}, {**PAIR, "image": "none.png"}, {**PAIR, "image": "b.png"}), "pairs")
     longest = len(model.chat.prompt_ids("what?", 9)) + len(model.chat.response_ids("long " * 50))
-    for limit, left_out in ((longest, 1), (longest - 1, 2)):
-        batch, dropped = data.Collator(rows, model, ("chosen", "rejected"), limit)([0, 1, 2, 3])
-        assert len(dropped) == left_out and len(batch.input_ids) == 2 * (4 - left_out) and len(batch.pixels) == 4 - left_out
-        assert batch.image_of_row.max() == len(batch.pixels) - 1 and "row 2: there is no picture" in dropped[-1]
+    for limit, kept in ((longest, [0, 1, 3]), (longest - 1, [0, 3])):
+        for trees in ([[0], [1], [2], [3]], [[0, 1], [2], [3]], [[1, 0], [2], [3]]):    # a row alone in its tree, the last of it, the first
+            batch, dropped = data.Collator(rows, model, ("chosen", "rejected"), limit)(trees)
+            names = [[row for row in tree if row in kept] for tree in trees]
+            assert len(dropped) == 4 - len(kept) and batch.n_responses == 2 * len(kept) and [row for row, _ in batch.rows] == sum(names, [])
+            assert torch.equal(batch.pixels, model.pixels([rows[tree[0]]["image"] for tree in names if tree]))
+            assert -int(batch.input_ids.min()) == 9 * len(batch.pixels) and "row 2: there is no picture" in dropped[-1]
+            expected = [(model.chat.prompt_ids("what?", 9, image), model.chat.response_ids(rows[i][field]))
+                        for image, tree in enumerate(tree for tree in names if tree) for i in tree for field in ("chosen", "rejected")]
+            assert branches(batch) == expected
     assert dropped[0] == f"{rows.source} row 1: {longest} tokens, --max_length is {longest - 1}"
-    assert data.Collator(rows, model, ("chosen", "rejected"), 5)([0, 1])[0] is None
+    assert data.Collator(rows, model, ("chosen", "rejected"), 5)([[0], [1]])[0] is None
+
+
+def test_max_length_is_of_a_row_not_of_its_tree(make):
+    # what is dropped does not depend on what a row is read together with
+    model, rows = make(), data.load("scenes/train/foreign/4", "pairs", 4)
+    longest = max(len(model.chat.prompt_ids(rows[i]["question"], 9)) + len(model.chat.response_ids(rows[i][field]))
+                  for i in range(4) for field in ("chosen", "rejected"))
+    batch, dropped = data.Collator(rows, model, ("chosen", "rejected"), longest)([[0, 1, 2, 3]])
+    assert dropped == [] and batch.n_responses == 8 and batch.input_ids.shape[1] > longest
+    alone = [data.Collator(rows, model, ("chosen", "rejected"), longest - 1)([[i]])[1] for i in range(4)]
+    assert data.Collator(rows, model, ("chosen", "rejected"), longest - 1)([[0, 1, 2, 3]])[1] == sum(alone, []) != []
 
 
 def test_workers_change_nothing(make):
     # micro-batches arrive step by step, in order, whoever decodes the pictures
-    collator = data.Collator(data.load("scenes/train/sft", "sft", 9), make())
-    steps = data.order(9, 5, 1, 0)
+    model = make()
+    collator = data.Collator(data.load("scenes/train/sft", "sft", 9), model)
+    steps = data.order([[i] for i in range(9)], 5, 1, 0)
     alone, helped = (list(data.batches(collator, steps, 2, workers)) for workers in (0, 2))
     assert [len(step) for step in alone] == [3, 2]
-    assert [len(b.input_ids) for step in alone for b, _ in step] == [2, 2, 1, 2, 2]
+    assert [b.n_responses for step in alone for b, _ in step] == [2, 2, 1, 2, 2]
     for step, other in zip(alone, helped, strict=True):
         for (a, _), (b, _) in zip(step, other, strict=True):
-            assert torch.equal(a.pixels, b.pixels) and torch.equal(a.input_ids, b.input_ids)
-    in_order = [collator([number])[0].input_ids[0] for step in steps for number in step]
-    flat = [ids[mask.bool()] for step in alone for b, _ in step for ids, mask in zip(b.input_ids, b.attention_mask)]
-    assert all(torch.equal(a, b) for a, b in zip(in_order, flat, strict=True))
+            assert a.rows == b.rows and a.n_responses == b.n_responses
+            assert all(torch.equal(getattr(a, name), value) for name, value in vars(b).items() if torch.is_tensor(value))
+    numbers = sum(sum(steps, []), [])
+    assert [row for step in alone for b, _ in step for row, _ in b.rows] == numbers
+    in_order = [branches(collator([[number]])[0])[0] for number in numbers]
+    flat = [(prompt, response) for step in alone for b, _ in step for prompt, response in branches(b)]
+    words = lambda found: [([i for i in prompt if i >= 0], response) for prompt, response in found]  # a picture's number is of its batch
+    assert words(flat) == words(in_order)
 
 
 def test_show_marks_what_bears_loss(make, folder):
@@ -412,12 +582,17 @@ def test_sft_drops_what_dpo_drops(make, tmp_path):
     kept = []
     for kind, fields in (("sft", ("answer",)), ("pairs", ("chosen", "rejected"))):
         collator = data.Collator(data.load(str(tmp_path / "rows.jsonl"), kind), model, fields, max_length=100)
-        batch, dropped = collator(range(6))
-        kept.append([i for i in range(6) if not collator([i])[1]])
-        assert len(dropped) == 4 and len(batch.pixels) == 2
+        for trees in ([[i] for i in range(6)], [list(range(6))]):                       # each row alone, and all in one tree
+            batch, dropped = collator(trees)
+            assert len(dropped) == 4 and [row for row, _ in batch.rows] == [0, 4] and len(batch.pixels) == min(2, len(trees))
+        kept.append([i for i in range(6) if not collator([[i]])[1]])
     assert kept == [[0, 4], [0, 4]]
 
 
 def test_steps_ask_for_as_many_passes_as_they_need():
-    steps = data.order(10, 4, epochs=1, seed=0, steps=8)  # three steps a pass: the third pass stops after two
-    assert len(steps) == 8 and steps[:3] == data.order(10, 4, 1, 0) and sorted(sum(steps[3:6], [])) == list(range(10))
+    rows = [[i] for i in range(10)]
+    steps = data.order(rows, 4, epochs=1, seed=0, steps=8)  # three steps a pass: the third pass stops after two
+    assert len(steps) == 8 and steps[:3] == data.order(rows, 4, 1, 0) and sorted(sum(sum(steps[3:6], []), [])) == list(range(10))
+    trees = [[i, i + 1, i + 2] for i in range(0, 30, 3)]    # two trees of three in a step of eight: five steps a pass, not four
+    steps = data.order(trees, 8, epochs=1, seed=0, steps=8)
+    assert len(steps) == 8 and steps[:5] == data.order(trees, 8, 1, 0) and steps == data.order(trees, 8, 2, 0)[:8]

@@ -11,6 +11,7 @@ import data
 import eval_vqa
 import report
 import scenes
+from conftest import randomise
 from model import MLLM
 
 
@@ -32,19 +33,28 @@ def test_score_by_hand(prediction, answer, expected):
 
 
 def test_choose_is_the_argmax_of_the_slow_path(run):
+    """Candidates are branches of one question, several questions share a forward pass: the choice is that of each candidate read alone"""
     model = MLLM.load(run).eval()
-    rows = scenes.Scenes("test", 6, "vqa")
-    records = [rows[i] for i in range(6)]
-    options = {record["kind"]: ["red", "top left", "three", "no"] for record in records[:-1]}
+    torch.manual_seed(0)
+    randomise(model.connector, .5), randomise(model.llm, .25)                       # else the shortest candidate is always the likeliest
+    rows = scenes.Scenes("test", 12, "vqa")
+    records = [rows[i] for i in range(12)]
+    options = {record["kind"]: list(scenes.COLORS) + ["top left", "three"] * (n % 2) for n, record in enumerate(records)}
     options.pop(records[-1]["kind"], None)
-    choices = eval_vqa.choose(model, model.pixels([r["image"] for r in records]), records, options)
-    for record, choice in zip(records, choices):
+    pixels = model.pixels([record["image"] for record in records])
+    choices = eval_vqa.choose(model, pixels, records, options)
+    for record, choice in zip(records, choices, strict=True):
         allowed = options.get(record["kind"])
         if allowed is None:
             assert choice is None
         else:
             slow = [model.logps([record["image"]], [record["question"]], [option]).item() for option in allowed]
             assert choice == allowed[int(np.argmax(slow))]
+    assert choices[-1] is None and len(set(choices)) > 2
+    assert sum(a != b for a, b in zip(choices, eval_vqa.choose(model, pixels.roll(1, 0), records, options))) > 3  # each looks at its own picture
+    for order, batch_size in ((range(12), 5), (range(11, -1, -1), 3)):              # in small parts, and a row without candidates first
+        assert eval_vqa.choose(model, pixels[list(order)], [records[i] for i in order], options, batch_size) == [choices[i] for i in order]
+    assert eval_vqa.choose(model, pixels[-1:], records[-1:], options) == [None]
 
 
 def test_candidates_come_from_the_answers_of_the_kind():

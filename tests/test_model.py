@@ -1,4 +1,4 @@
-"""The model against transformers' own forward pass and against slow code that is obviously right."""
+"""The model against transformers' own forward pass and against slow code that is obviously right (packing and hot path: test_trees.py)."""
 import os
 
 import pytest
@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import (AutoImageProcessor, AutoModel, CLIPModel, CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, LlamaConfig,
+                          MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM, Qwen2Config, Qwen2ForCausalLM, RwkvConfig, RwkvForCausalLM,
                           SiglipModel, SiglipVisionModel, ViTForImageClassification, ViTMAEModel, ViTModel)
 
 import model as model_file
-from conftest import LLM, VISION
-from model import IMAGE, MLLM, Connector, pad_rows, token_logps
+from conftest import LLM, VISION, randomise
+from model import MLLM, Connector
+from trees import pack
 
 close = lambda a, b, rtol=1e-5, atol=1e-5: torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 QUESTIONS = ["what color is the ring?", "where?", "describe the picture.", "what shape is at the top left of the picture?"]
@@ -83,7 +85,7 @@ def test_every_pixel_has_a_gradient(make, pictures):
     # no patch is lost on the way from the picture to the loss
     model = make()
     pixels = model.pixels(pictures[:1]).requires_grad_(True)
-    batch = pad_rows([(model.chat.prompt_ids("what?", 9), model.chat.response_ids("a ring"))], pixels, [0], model.chat.pad_id)
+    batch = pack([model.chat.trunk_ids(9)], [[(model.chat.question_ids("what?"), [model.chat.response_ids("a ring")])]], pixels, model.chat.pad_id)
     gradient, = torch.autograd.grad(model.response_logps(batch).sum(), pixels)
     assert (gradient.abs() > 0).float().mean() > .99
 
@@ -120,6 +122,34 @@ def test_what_cannot_be_built_says_why(make, vision_dirs, llm_dirs, tmp_path):
     for vision, llm in ((vision_dirs["siglip"], "/no/such/llm"), ("/no/such/vision", llm_dirs["qwen2"]), ("nobody/nothing", llm_dirs["qwen2"])):
         with pytest.raises(ValueError, match=r"^\S*no\S* cannot be opened: [^\n]+$"):
             MLLM.from_pretrained(vision, llm)
+
+
+@pytest.mark.parametrize("model_class, config_class, extra, reason", [
+    (Qwen2ForCausalLM, Qwen2Config, dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "look back a limited way"),  # one layer
+    (MistralForCausalLM, MistralConfig, dict(sliding_window=8), "look back a limited way"),  # every layer, and its config lists none
+    (MptForCausalLM, MptConfig, dict(), "'mpt' does not follow the mask and the positions"),  # ALiBi: counts columns itself
+    (RwkvForCausalLM, RwkvConfig, dict(), "'rwkv' does not follow the mask and the positions"),  # recurrent: reads all that came before
+])
+def test_an_llm_that_cannot_read_a_tree_is_refused(model_class, config_class, extra, reason, vision_dirs, tokenizers, tmp_path):
+    # opened as a user opens it: one line with the reason, before anything is trained
+    torch.manual_seed(0)
+    tokenizer, heads = tokenizers["chatml"], {} if model_class is RwkvForCausalLM else dict(num_attention_heads=4)
+    llm = model_class(config_class(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, **heads, **extra))
+    randomise(llm, .25).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(model_file.InputError, match=f"^[^\n]*{reason}[^\n]*$"):
+        MLLM.from_pretrained(vision_dirs["siglip"], str(tmp_path))
+
+
+def test_a_window_that_is_switched_off_is_no_reason_to_refuse(vision_dirs, tokenizers, tmp_path):
+    # Qwen2.5's own config has a window and says not to use it; Mistral v0.3's has none
+    for model_class, config_class, extra in ((Qwen2ForCausalLM, Qwen2Config, dict(use_sliding_window=False, sliding_window=8)),
+                                             (MistralForCausalLM, MistralConfig, dict(sliding_window=None))):
+        folder = str(tmp_path / model_class.__name__)
+        model_class(config_class(vocab_size=len(tokenizers["chatml"]), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2, **extra)).save_pretrained(folder)
+        tokenizers["chatml"].save_pretrained(folder)
+        assert MLLM.from_pretrained(vision_dirs["siglip"], folder).n_image == 9
 
 
 # ---- in and out ------------------------------------------------------------------------------------------------------------
@@ -218,25 +248,38 @@ def test_logps_are_a_naive_sum_and_transformers_own_loss(llm, make, pictures):
         close(logp, -model.llm(inputs_embeds=embeds, labels=labels).loss * (len(ids) - start))
 
 
-def rows_of(model):
-    """Four rows of different length, the first two and the last two of which share a picture"""
-    return [(model.chat.prompt_ids(q, model.n_image), model.chat.response_ids(a)) for q, a in zip([QUESTIONS[0]] * 2 + QUESTIONS[2:], ANSWERS)]
+def batch_of(model, pictures):
+    """Four responses of different length: two to one question about the first picture, one to each of two questions about the second"""
+    a, b, c, d = map(model.chat.response_ids, ANSWERS)
+    ask = model.chat.question_ids
+    trees = [[(ask(QUESTIONS[0]), [a, b])], [(ask(QUESTIONS[2]), [c]), (ask(QUESTIONS[3]), [d])]]
+    return pack([model.chat.trunk_ids(model.n_image, i) for i in range(2)], trees, model.pixels(pictures[:2]), model.chat.pad_id)
+
+
+def rows_of(pictures):
+    """The same four as (picture, question, answer), each by itself"""
+    return list(zip([pictures[0]] * 2 + [pictures[1]] * 2, [QUESTIONS[0]] * 2 + QUESTIONS[2:], ANSWERS))
 
 
 @pytest.mark.parametrize("vision, llm", [("siglip", "qwen2"), ("dinov2_with_registers", "qwen3"), ("clip", "llama"), ("vit_mae", "smollm2")])
 def test_the_fast_path_is_the_slow_path(vision, llm, make, pictures):
-    # response_logps of a padded batch with shared pictures = logps row by row: values, and the gradient of every parameter
+    # response_logps of packed trees = logps row by row: every token, every sum, and the gradient of every parameter
     model, weights = make(vision, llm), torch.tensor([1., -2., .5, 3.])
-    rows = rows_of(model)
-    batch = pad_rows(rows, model.pixels(pictures[:2]), [0, 0, 1, 1], model.chat.pad_id)
-    assert batch.attention_mask.sum(1).unique().numel() > 2  # there is padding
-    fast = model.response_logps(batch)
-    assert fast.dtype == torch.float32 and torch.equal(fast != 0, batch.response_mask[:, 1:])
-    slow = model.logps([pictures[0]] * 2 + [pictures[1]] * 2, [QUESTIONS[0]] * 2 + QUESTIONS[2:], ANSWERS)
-    close(fast.sum(1), slow)
+    batch = batch_of(model, pictures)
+    assert batch.input_ids.shape[1] < sum(len(model.chat.prompt_ids(q, 9)) for _, q, _ in rows_of(pictures)) / 2  # pictures are not repeated
+    tokens = model.response_logps(batch)
+    naive = []
+    for row in rows_of(pictures):
+        embeds, ids, start = by_hand(model, *row)
+        logps = model.llm(inputs_embeds=embeds).logits[0].log_softmax(-1)
+        naive += [logps[t - 1, ids[t]] for t in range(start, len(ids))]
+    assert tokens.dtype == torch.float32 and tokens.shape == (len(naive),)  # in the order of the responses
+    close(tokens, torch.stack(naive))
+    fast, slow = batch.per_response(tokens), model.logps(*zip(*rows_of(pictures)))
+    close(fast, slow)
 
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    fast_gradients = torch.autograd.grad((fast.sum(1) * weights).sum(), parameters)
+    fast_gradients = torch.autograd.grad((fast * weights).sum(), parameters)
     slow_gradients = torch.autograd.grad((slow * weights).sum(), parameters)
     for name, a, b in zip(names, fast_gradients, slow_gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, float(b.abs().max())), msg=lambda m: f"{name}: {m}")
@@ -246,22 +289,26 @@ def test_the_fast_path_is_the_slow_path(vision, llm, make, pictures):
 @pytest.mark.parametrize("llm", LLM)
 @torch.no_grad()
 def test_padding_changes_nothing(llm, make, pictures):
-    # a row alone = the same row beside longer ones, whatever stands in the padding
+    # a tree alone = the same tree beside longer ones, whatever stands in the padding
     model = make(llm=llm)
-    rows, pixels = rows_of(model), model.pixels(pictures)
-    padded = pad_rows(rows, pixels, range(4), model.chat.pad_id)
+    trunk, pixels, pad_id = model.chat.trunk_ids, model.pixels(pictures), model.chat.pad_id
+    trees = [[(model.chat.question_ids(q), [model.chat.response_ids(a)])] for q, a in zip(QUESTIONS, ANSWERS)]
+    padded = pack([trunk(9, i) for i in range(4)], trees, pixels, pad_id)
+    sizes = sorted((len(trunk(9)) + len(question) + len(answer) for ((question, (answer,)),) in trees), reverse=True)  # a row each, the largest first
+    assert padded.input_ids.shape == (4, sizes[0]) and len(set(sizes)) > 2
     together = model.response_logps(padded)
-    padded.input_ids[padded.attention_mask == 0] = 5
+    for ids, n in zip(padded.input_ids, sizes):
+        assert n == sizes[0] or set(ids[n:].tolist()) == {pad_id}
+        ids[n:] = 5
     close(model.response_logps(padded), together, 0, 0)
-    for b, row in enumerate(rows):
-        alone = model.response_logps(pad_rows([row], pixels[b:b + 1], [0], model.chat.pad_id))
-        close(together[b:b + 1, :alone.shape[1]], alone)
+    alone = [model.response_logps(pack([trunk(9)], [tree], pixels[i:i + 1], pad_id)) for i, tree in enumerate(trees)]
+    close(together, torch.cat(alone))
 
 
 def test_gradients_reach_given_image_tokens(make, pictures):
     # image_tokens may be handed in: same values, and a gradient for each token
     model = make()
-    batch = pad_rows(rows_of(model), model.pixels(pictures[:2]), [0, 0, 1, 1], model.chat.pad_id)
+    batch = batch_of(model, pictures)
     tokens = model.image_tokens(batch.pixels).detach().requires_grad_(True)
     logps = model.response_logps(batch, tokens)
     close(logps, model.response_logps(batch))
@@ -269,55 +316,21 @@ def test_gradients_reach_given_image_tokens(make, pictures):
     assert gradient.shape == (2, 9, 32) and (gradient.norm(dim=-1) > 0).all()
 
 
-def test_splice_counts_placeholders(make, pictures):
-    # a placeholder too few or too many is an error that names the row and both numbers, never a shifted picture
+def test_splice_puts_each_image_token_where_it_is_named(make):
+    # against a loop over all places: any picture, any order, twice or not at all; a number beyond the last one is an error, never another token
     model = make()
-    tokens, ids = torch.randn(2, 9, 32), torch.tensor([[1] + [IMAGE] * 9 + [2, 3], [1] + [IMAGE] * 8 + [2, 3, 4]])
-    with pytest.raises(ValueError, match="row 1 .* 8 image placeholders for 9 image tokens"):
-        model.splice(ids, tokens)
-    embeds = model.splice(ids[:1].expand(2, -1), tokens)
-    assert torch.equal(embeds[:, 1:10], tokens) and torch.equal(embeds[0, 10], model.llm.get_input_embeddings().weight[2])
-
-
-@pytest.mark.skipif(not model_file.can_compile(), reason="torch.compile needs a C++ compiler and Python's headers")
-def test_compiled_is_eager(make, pictures):
-    # --compile changes speed only: values and gradients, of token_logps for several numbers of tokens and of the whole path
-    model = make()
-    batch = pad_rows(rows_of(model), model.pixels(pictures[:2]), [0, 0, 1, 1], model.chat.pad_id)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    eager = model.response_logps(batch)
-    eager_gradients = torch.autograd.grad(eager.sum(), parameters)
-    model.compile_hot_path()
-    compiled = model.response_logps(batch)
-    close(compiled, eager)
-    for a, b in zip(torch.autograd.grad(compiled.sum(), parameters), eager_gradients):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, float(b.abs().max())))
-
-    assert model._token_logps is not token_logps
-    torch.manual_seed(0)
-    weight = torch.randn(50, 16, requires_grad=True)
-    for m in (7, 31):
-        hidden, targets, coefficients = torch.randn(m, 16, requires_grad=True), torch.randint(50, (m,)), torch.randn(m)
-        fast, slow = model._token_logps(hidden, weight, None, targets), token_logps(hidden, weight, None, targets)
-        close(fast, slow)
-        for a, b in zip(torch.autograd.grad((fast * coefficients).sum(), (hidden, weight)),
-                        torch.autograd.grad((slow * coefficients).sum(), (hidden, weight))):
-            close(a, b)
-
-
-def test_token_logps_is_log_softmax():
-    # with and without a bias, against float64
-    torch.manual_seed(0)
-    hidden, weight, bias, targets = torch.randn(9, 16), torch.randn(50, 16), torch.randn(50), torch.randint(50, (9,))
-    for b in (bias, None):
-        logits = hidden.double() @ weight.double().T + (0 if b is None else b.double())
-        close(token_logps(hidden, weight, b, targets).double(), logits.log_softmax(-1)[torch.arange(9), targets])
+    tokens, ids = torch.randn(2, 9, 32), torch.tensor([[1, -1, -2, 2, -18, 7], [-10, 3, -9, -9, 1, 4]])
+    words, flat = model.llm.get_input_embeddings().weight, tokens.flatten(0, 1)
+    expected = [[flat[-1 - i] if i < 0 else words[i] for i in row] for row in ids.tolist()]
+    assert torch.equal(model.splice(ids, tokens), torch.stack([torch.stack(row) for row in expected]))
+    with pytest.raises(IndexError):
+        model.splice(torch.tensor([[1, -19]]), tokens)
 
 
 def test_gradient_checkpointing_recomputes_every_layer(make, pictures):
     # each layer of both parts runs twice (forward, and again for the backward pass), and no gradient changes
     def gradients_and_calls(model):
-        batch, calls = pad_rows(rows_of(model), model.pixels(pictures[:2]), [0, 0, 1, 1], model.chat.pad_id), {}
+        batch, calls = batch_of(model, pictures), {}
         for name, mlp in model.named_modules():
             if name.endswith(".mlp"):  # one in each layer
                 mlp.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
@@ -336,7 +349,7 @@ def test_gradient_checkpointing_recomputes_every_layer(make, pictures):
 def test_bf16_is_near_fp32(make, pictures):
     # autocast as on a GPU: fp32 out, every token's log-probability within bf16's own error
     model = make()
-    batch = pad_rows(rows_of(model), model.pixels(pictures[:2]), [0, 0, 1, 1], model.chat.pad_id)
+    batch = batch_of(model, pictures)
     exact = model.response_logps(batch)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model.response_logps(batch)

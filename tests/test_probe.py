@@ -12,7 +12,8 @@ import common
 import data
 import probe
 import scenes
-from model import MLLM, Batch
+from model import MLLM
+from trees import pack
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +88,24 @@ def test_box_cover_by_counting_pixels():
     assert probe.points_at(np.array([9, 0, 0, 0, 0, 0]), (13, 0, 24, 12), (36, 24), (2, 3)) == 0
 
 
-def pairs_batch(model, n=3):
+def pairs(n=3):
+    """-> records, and chosen and rejected of each in turn, as (record, words)"""
     rows = data.load("scenes/test/maps", "pairs", n)
-    return data.Collator(rows, model, ("chosen", "rejected"))(range(n))[0]
+    return rows, [(rows[i], rows[i][field]) for i in range(n) for field in ("chosen", "rejected")]
 
 
 def test_gradient_maps_sum_over_both_uses_of_the_picture(model):
     """Each answer alone, with its own copy of the picture's tokens and all logits: the maps are |g_chosen| and |g_chosen - g_rejected|."""
-    batch = pairs_batch(model)
-    maps = probe.gradient_maps(model, batch)
+    rows, answers = pairs()
+    maps, gradients = probe.gradient_maps(model, data.Collator(rows, model, ("chosen", "rejected"))([[0], [1], [2]])[0]), []
+    for record, words in answers:
+        prompt, response = model.chat.prompt_ids(record["question"], model.n_image), model.chat.response_ids(words)
+        ids, tokens = torch.tensor([prompt + response]), model.image_tokens(model.pixels([record["image"]])).detach().requires_grad_()
+        logps = model.llm(inputs_embeds=model.splice(ids, tokens)).logits.log_softmax(-1)[0]
+        sum(logps[t - 1, ids[0, t]] for t in range(len(prompt), ids.shape[1])).backward()
+        gradients.append(tokens.grad[0])
     for i in range(3):
-        gradients = []
-        for row in (2 * i, 2 * i + 1):
-            n = int(batch.attention_mask[row].sum())
-            ids, tokens = batch.input_ids[row:row + 1, :n], model.image_tokens(batch.pixels[i:i + 1]).detach().requires_grad_()
-            logps = model.llm(inputs_embeds=model.splice(ids, tokens)).logits.log_softmax(-1)[0]
-            first = int(batch.response_mask[row].int().argmax())
-            sum(logps[t - 1, ids[0, t]] for t in range(first, n)).backward()
-            gradients.append(tokens.grad[0])
-        chosen, rejected = gradients
+        chosen, rejected = gradients[2 * i:2 * i + 2]
         torch.testing.assert_close(maps["chosen"][i], chosen.abs().sum(-1), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(maps["difference"][i], (chosen - rejected).abs().sum(-1), rtol=1e-4, atol=1e-6)
 
@@ -113,15 +113,17 @@ def test_gradient_maps_sum_over_both_uses_of_the_picture(model):
 def test_chosen_copy_maps_of_sft_and_dpo_are_one_picture_at_equal_weights(model):
     """Eq. 1: at the chosen copy, DPO's gradient is beta * sigmoid(-margin) times SFT's. Encoding the picture twice hides the contrast."""
     from train_dpo import dpo_loss
-    batch, n = pairs_batch(model), 3
-    tokens = model.image_tokens(batch.pixels).detach()[batch.image_of_row].requires_grad_()  # two copies of each picture, as in the paper's code
-    twice = Batch(batch.pixels, torch.arange(2 * n), batch.input_ids, batch.attention_mask, batch.response_mask)
-    chosen, rejected = model.response_logps(twice, tokens).sum(1).view(n, 2).T
+    rows, answers = pairs()
+    pixels = model.pixels([record["image"] for record, _ in answers])               # two copies of each picture, as in the paper's code
+    trees = [[(model.chat.question_ids(record["question"]), [model.chat.response_ids(words)])] for record, words in answers]
+    twice = pack([model.chat.trunk_ids(model.n_image, i) for i in range(6)], trees, pixels, model.chat.pad_id)
+    tokens = model.image_tokens(pixels).detach().requires_grad_()
+    chosen, rejected = twice.per_response(model.response_logps(twice, tokens)).view(3, 2).T
     losses, _, _ = dpo_loss(chosen, rejected, chosen.detach() - .7, rejected.detach() + .4, beta=.1)     # policy and reference apart
     unit = lambda m: (m - m.amin(1, keepdim=True)) / (m.amax(1, keepdim=True) - m.amin(1, keepdim=True))
     maps = [torch.autograd.grad(loss, tokens, retain_graph=True)[0].abs().sum(-1)[0::2] for loss in (losses.sum(), -chosen.sum() / 50)]
     assert torch.allclose(unit(maps[0]), unit(maps[1]), atol=1e-5)
-    both = probe.gradient_maps(model, batch)
+    both = probe.gradient_maps(model, data.Collator(rows, model, ("chosen", "rejected"))([[0], [1], [2]])[0])
     assert torch.allclose(unit(both["chosen"]), unit(maps[1]), atol=1e-5)
     assert (unit(both["difference"]) - unit(both["chosen"])).abs().max() > .05      # counting the rejected use as well does make a difference
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 import common
 import data
 import model as model_file
+import scenes
 import train_dpo
 import train_sft
 from model import MLLM
@@ -19,6 +21,12 @@ from train_dpo import dpo_loss
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo}
 PAIRS = "scenes/train/foreign"
 both = pytest.mark.parametrize("stage", SCRIPTS)
+
+
+@pytest.fixture
+def start_run(start_run, tmp_path_factory):
+    """The run to start from, a copy for each test: what DPO remembers of its reference is kept beside it"""
+    return shutil.copytree(start_run, str(tmp_path_factory.mktemp("runs") / "start"))
 
 
 @pytest.fixture
@@ -32,6 +40,11 @@ def train(start_run, tmp_path, monkeypatch):
         with open(tmp_path / out / "log.jsonl") as f:
             return str(tmp_path / out), [json.loads(line) for line in f]
     return train
+
+
+def row_order(rows, per_tree=4):
+    """The rows of each step, in order, of a run with the flags above"""
+    return [sum(step, []) for step in data.order(rows.trees(per_tree), 6, 1, 0)]
 
 
 def weights(run):
@@ -146,15 +159,17 @@ def test_drift_is_the_relative_distance(make):
 
 
 @both
-def test_accumulation_is_the_full_batch_and_a_seed_is_a_run(stage, train, start_run):
-    # micro-batches of 1, 2, 3, 4 and 6 of answers of unequal length: the same weights after two steps; the same command twice: the same bits
+@pytest.mark.parametrize("pairs, micro_batches", [(PAIRS, (1, 2, 3, 4)), (PAIRS + "/2", (2, 3, 4))])
+def test_accumulation_is_the_full_batch_and_a_seed_is_a_run(stage, pairs, micro_batches, train, start_run):
+    # micro-batches of 1, 2, 3, 4 and 6 of answers of unequal length, with a picture each or with one for two rows:
+    # the same weights after two steps; the same command twice: the same bits
     start = weights(start_run)
-    full, lines = train(stage, out="full")
-    again, _ = train(stage, out="again")
+    full, lines = train(stage, "--data", pairs, out="full")
+    again, _ = train(stage, "--data", pairs, out="again")
     full = weights(full)
-    assert all(torch.equal(a, b) for a, b in zip(full.values(), weights(again).values(), strict=True))
-    for micro in (1, 2, 3, 4):
-        run, micro_lines = train(stage, "--micro_batch", micro, out=f"micro{micro}")
+    assert len(lines) == 2 and all(torch.equal(a, b) for a, b in zip(full.values(), weights(again).values(), strict=True))
+    for micro in micro_batches:
+        run, micro_lines = train(stage, "--data", pairs, "--micro_batch", micro, out=f"micro{micro}")
         for name, value in weights(run).items():
             if name.startswith("vision") and "k_proj.bias" in name:
                 continue  # softmax does not see it: its gradient is rounding noise, which Adam scales up
@@ -163,7 +178,7 @@ def test_accumulation_is_the_full_batch_and_a_seed_is_a_run(stage, train, start_
         for line, expected in zip(micro_lines, lines, strict=True):
             for key in {"loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward", "grad_norm"} & set(line):
                 assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=2e-5), (micro, key)
-    other, _ = train(stage, "--seed", 1, out="other")
+    other, _ = train(stage, "--data", pairs, "--seed", 1, out="other")
     assert not torch.equal(weights(other)["connector.up.weight"], full["connector.up.weight"])
 
 
@@ -209,21 +224,29 @@ def slow_logps(model, rows, numbers, field):
         return model.eval().logps([r["image"] for r in records], [r["question"] for r in records], [r[field] for r in records]).double()
 
 
-def test_logged_sft_loss_is_the_token_mean(train, start_run):
+trees = pytest.mark.parametrize("pairs, per_tree", [(PAIRS, 4), (PAIRS + "/3", 4), (PAIRS + "/3", 2), (PAIRS + "/3", 1)])
+
+
+@trees
+def test_logged_sft_loss_is_the_token_mean(pairs, per_tree, train, start_run):
     # each logged loss = the slow path's mean of -log p over the tokens of that step, before its update
-    model, rows, order = MLLM.load(start_run), data.load(PAIRS, "sft", 12), data.order(12, 6, 1, 0)
-    one_step, _ = train("sft", "--steps", 1, "--warmup", 0, out="one")
-    _, lines = train("sft", "--warmup", 0, out="two")
+    rows = data.load(pairs, "sft", 12)
+    model, order, flags = MLLM.load(start_run), row_order(rows, per_tree), ("--data", pairs, "--questions_per_tree", per_tree, "--warmup", 0)
+    one_step, _ = train("sft", "--steps", 1, *flags, out="one")
+    _, lines = train("sft", *flags, out="two")
+    assert sorted(sum(order, [])) == list(range(12))
     for line, numbers, weights_then in zip(lines, order, (model, MLLM.load(one_step)), strict=True):
         n_tokens = sum(len(model.chat.response_ids(rows[i]["answer"])) for i in numbers)
         assert line["tokens"] == n_tokens
         assert line["loss"] == pytest.approx(-float(slow_logps(weights_then, rows, numbers, "answer").sum()) / n_tokens, rel=1e-5)
 
 
-def test_logged_dpo_numbers_are_the_equation(train, start_run):
+@trees
+def test_logged_dpo_numbers_are_the_equation(pairs, per_tree, train, start_run):
     # every logged number of two steps from slow log-probs and floats; the first line is log 2, rewards 0, accuracy one half
-    reference, rows, order = MLLM.load(start_run), data.load(PAIRS, "pairs", 12), data.order(12, 6, 1, 0)
-    flags = ("--beta", .3, "--label_smoothing", .1, "--warmup", 0)
+    rows = data.load(pairs, "pairs", 12)
+    reference, order = MLLM.load(start_run), row_order(rows, per_tree)
+    flags = ("--beta", .3, "--label_smoothing", .1, "--warmup", 0, "--data", pairs, "--questions_per_tree", per_tree)
     one_step, _ = train("dpo", "--steps", 1, *flags, out="one")
     _, lines = train("dpo", *flags, out="two")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["accuracy"] == .5
@@ -240,7 +263,8 @@ def test_logged_dpo_numbers_are_the_equation(train, start_run):
 
 def test_sft_weight_adds_the_token_mean(train, start_run):
     # with --sft_weight w the first loss is log 2 + w * (SFT's own loss), micro-batched or not
-    model, rows, numbers = MLLM.load(start_run), data.load(PAIRS, "pairs", 12), data.order(12, 6, 1, 0)[0]
+    model, rows = MLLM.load(start_run), data.load(PAIRS, "pairs", 12)
+    numbers = row_order(rows)[0]
     n_tokens = sum(len(model.chat.response_ids(rows[i]["chosen"])) for i in numbers)
     expected = math.log(2) - .5 * float(slow_logps(model, rows, numbers, "chosen").sum()) / n_tokens
     _, lines = train("dpo", "--sft_weight", .5, "--steps", 1, "--micro_batch", 4)
@@ -260,9 +284,29 @@ def test_a_run_directory_is_complete(stage, train, start_run):
     with open(os.path.join(run, "config.json")) as f:
         config = json.load(f)
     assert config["parent"] == start_run and config["data"] == PAIRS and config["args"]["batch_size"] == 6
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == torch.__version__ and config["total_steps"] == 2 and config["rows"] == config["trees"] == 12
     assert sorted(os.listdir(run)) == ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
     assert os.listdir(os.path.dirname(run)) == ["out"]
+
+
+@both
+def test_how_often_is_logged_changes_no_weight(stage, train):
+    # values stay unread between logged lines; the lines that are there say the same as those of a run that logs every step
+    every, lines = train(stage, "--steps", 8, out="every")
+    seldom, few = train(stage, "--steps", 8, "--log_every", 5, out="seldom")
+    assert [line["step"] for line in lines] == list(range(8)) and [line["step"] for line in few] == [0, 5, 7]
+    assert all(torch.equal(a, b) for a, b in zip(weights(every).values(), weights(seldom).values(), strict=True))
+    for line in few:
+        timed = ("seconds", "pairs_per_s", "peak_mb")
+        assert {k: v for k, v in line.items() if k not in timed} == {k: v for k, v in lines[line["step"]].items() if k not in timed}
+
+
+def test_precision_of_products_is_what_was_asked_for(train):
+    # --matmul reaches torch, and the run says so
+    for precision in ("highest", "medium", "high"):
+        run, _ = train("sft", "--steps", 1, "--matmul", precision, out=precision)
+        with open(os.path.join(run, "config.json")) as f:
+            assert torch.get_float32_matmul_precision() == json.load(f)["args"]["matmul"] == precision
 
 
 def test_stage_1_from_nothing(tmp_path, monkeypatch):
@@ -282,7 +326,8 @@ def test_stage_1_from_nothing(tmp_path, monkeypatch):
 @both
 def test_unknown_flags_and_wrong_values_stop_with_2(stage, train, capsys):
     # argparse's exit code 2, and the flag is named
-    for flags, named in ((["--learning_rate", "1"], "--learning_rate"), (["--compile", "maybe"], "maybe"), (["--optimizer", "sgd"], "sgd")):
+    for flags, named in ((["--learning_rate", "1"], "--learning_rate"), (["--compile", "maybe"], "maybe"), (["--optimizer", "sgd"], "sgd"),
+                         (["--matmul", "low"], "low"), (["--reference", "cached"], "cached" if stage == "dpo" else "--reference")):
         with pytest.raises(SystemExit) as stop:
             train(stage, *flags)
         assert stop.value.code == 2 and named in capsys.readouterr().err
@@ -292,7 +337,8 @@ def test_unknown_flags_and_wrong_values_stop_with_2(stage, train, capsys):
 def test_what_a_user_can_mend_is_one_line(stage, train, tmp_path):
     # bad data, a folder that is no run, nothing to train: one line and no run directory; a bug of ours keeps its traceback
     for flags, named in ((["--data", "none.jsonl"], "none.jsonl: no such file"), (["--init", tmp_path], "no config.json"),
-                         (["--lr", 0], "every learning rate is 0"), (["--data", "scenes/train/red"], "has no column 'question'")):
+                         (["--lr", 0], "every learning rate is 0"), (["--data", "scenes/train/red"], "has no column 'question'"),
+                         (["--data", "scenes/train/foreign/0"], "is named scenes/SPLIT/TASK")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{named}[^\n]*$"):
             common.cli(lambda: train(stage, *flags))
     assert os.listdir(tmp_path) == []
@@ -318,10 +364,30 @@ def test_a_loss_that_is_not_a_number_stops_the_run(stage, train, tmp_path, make)
 
 
 @both
-def test_a_loss_that_is_not_a_number_is_never_trained_past(stage, train, tmp_path):
-    # also between two logged steps: the first such step is named, not the next logged one
-    with pytest.raises(SystemExit, match=r"step 1: (loss|grad_norm) is (nan|inf)"):
-        train(stage, "--lr", 1e30, "--epochs", 3, "--log_every", 5)
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_a_loss_that_is_not_a_number_is_named_with_its_own_step(stage, log_every, train, tmp_path):
+    # found at the next logged step (1, 4, or 5, the last), and still the first such step is named; nothing after it is logged or saved
+    message = r"step 1: (loss|grad_norm) is (nan|inf); the log so far is \S+out\.tmp/log\.jsonl\. A lower --lr usually helps\."
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        train(stage, "--lr", 1e30, "--epochs", 3, "--log_every", log_every)
+    assert os.listdir(tmp_path) == ["out.tmp"] and os.listdir(tmp_path / "out.tmp") == ["log.jsonl"]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "out.tmp/log.jsonl")] == [0]
+
+
+@both
+def test_a_loss_that_is_not_a_number_is_found_when_the_last_step_is_dropped(stage, train, tmp_path):
+    # the last step has no row that can be used, so it logs nothing: the run still does not end well
+    last = data.order([[i] for i in range(4)], 1, 1, 0)[-1][0][0]
+    scenes.write_rows(list(scenes.Scenes("train", 4, "foreign")), str(tmp_path / "world"))
+    rows = [json.loads(line) for line in open(tmp_path / "world/rows.jsonl")]
+    rows[last]["rejected"] = rows[last]["chosen"]
+    (tmp_path / "world/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--data", tmp_path / "world/rows.jsonl", "--batch_size", 1, "--log_every", 100)
+    _, lines = train(stage, *flags, out="fine")
+    assert [line["step"] for line in lines] == [0]
+    with pytest.raises(SystemExit, match=r"^step 1: (loss|grad_norm) is (nan|inf)"):
+        train(stage, "--lr", 1e30, *flags)
+    assert not (tmp_path / "out").exists()
 
 
 @both
