@@ -64,6 +64,8 @@ class Rows:
 
     def trees(self, limit):
         """Row numbers grouped by picture, at most `limit` a group, in the order of the rows"""
+        if limit < 1:
+            raise InputError("--questions_per_tree and --batch_size must be at least 1")
         if limit == 1:
             return [[i] for i in range(len(self))]
         groups = {}
@@ -83,7 +85,7 @@ class Rows:
             column = "image" if "image" in self.rows.column_names else "images"
             for part in self.rows.select_columns([column]).with_format("arrow").iter(1000):  # arrow: bytes, undecoded
                 for image in part[column].to_pylist():
-                    image = image[0] if isinstance(image, list) else image
+                    image = image[0] if isinstance(image, list) and image else image
                     value = (image["bytes"] or image["path"]) if isinstance(image, dict) else image
                     yield hashlib.blake2b(value if isinstance(value, bytes) else repr(value).encode()).digest()
 
@@ -145,7 +147,7 @@ def load(source, kind, n=None, seed=0):
     the line or column."""
     if source.startswith("scenes/") and not os.path.exists(source):
         parts = source.split("/")
-        if not (len(parts) == 3 or len(parts) == 4 and parts[3].isdigit() and int(parts[3]) > 0):
+        if not (len(parts) == 3 or len(parts) == 4 and parts[3].isdecimal() and int(parts[3]) > 0):
             raise InputError(f"{source}: the drawn world is named scenes/SPLIT/TASK or scenes/SPLIT/TASK/QUESTIONS, "
                              "as in scenes/train/sft or scenes/train/sft/4")
         try:
@@ -243,9 +245,9 @@ class Collator:
 
 
 def cut(trees, size):
-    """Consecutive trees in lists of at most `size` rows"""
+    """Consecutive trees in lists of at most `size` rows; a larger tree is split"""
     parts, n = [], size
-    for tree in trees:
+    for tree in (tree[at:at + size] for tree in trees for at in range(0, len(tree), size)):
         if n + len(tree) > size:
             parts.append([])
             n = 0

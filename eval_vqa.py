@@ -39,7 +39,7 @@ parser.add_argument("--data", default="scenes/test/vqa",
                     help="questions: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
 parser.add_argument("--n", type=int, help="use only the first N rows (default: all; of the drawn world 1800)")
 parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
-parser.add_argument("--batch_size", type=int, default=128, help="questions a forward pass, with all their candidate answers")
+parser.add_argument("--batch_size", type=int, default=128, help="questions a forward pass, candidate answers included")
 parser.add_argument("--max_new_tokens", type=int, default=48, help="longest answer in tokens")
 parser.add_argument("--reader", help="swap test: this run's connector and LLM read the vision encoder of every run")
 parser.add_argument("--samples", type=int, default=4, help="answers sampled for a question by --write_pairs")

@@ -186,14 +186,17 @@ def check_branches(llm):
                          "only full attention is supported")
     first, sibling, word = llm.get_input_embeddings().weight[:3].detach()
     visible, positions = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()[None, None], torch.tensor([[0, 1, 1]])
+    last = lambda words, **more: llm.base_model(inputs_embeds=torch.stack(words)[None], use_cache=False,
+                                                **more).last_hidden_state[0, -1]
     with torch.no_grad():
-        last = lambda words, **more: llm.base_model(inputs_embeds=torch.stack(words)[None], use_cache=False,
-                                                    **more).last_hidden_state[0, -1]
-        tree = last([first, sibling, word], attention_mask=attention_mask(visible), position_ids=positions)
         alone = last([first, word])
-    if not torch.allclose(tree, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
-        raise InputError(f"the attention of LLMs of type '{llm.config.model_type}' does not follow the mask and the "
-                         "positions that packing gives it (trees.py)")
+        try:
+            tree = last([first, sibling, word], attention_mask=attention_mask(visible), position_ids=positions)
+        except Exception:  # each family that cannot has its own way of saying so
+            tree = torch.full_like(alone, torch.nan)
+    if not torch.allclose(tree, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max())):
+        raise InputError(f"LLMs of type '{llm.config.model_type}' cannot read trees (trees.py): their attention does "
+                         "not follow the mask and the positions that it is given")
 
 
 def swap(vision, modules):

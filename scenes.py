@@ -214,7 +214,7 @@ class Scenes:
         """-> {"image", "question", "answer" or "chosen" and "rejected", "kind", "category", "box", "mask"}"""
         if not 0 <= i < self.n:
             raise IndexError(i)
-        return self.about(i // self.questions)[i % self.questions]
+        return dict(self.about(i // self.questions)[i % self.questions])
 
     @functools.lru_cache(maxsize=4)  # the rows of a picture are mostly asked for together
     def about(self, picture):

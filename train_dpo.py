@@ -152,11 +152,11 @@ def main():
     model = MLLM.load(args.init)
     rows, micro_batch = data.load(args.data, "pairs", args.n, args.seed), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
-    per_tree = min(args.questions_per_tree, micro_batch)
-    trees = rows.trees(per_tree)
+    trees = rows.trees(min(args.questions_per_tree, args.batch_size))
     steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
     if args.reference == "remembered":
-        reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}", per_tree)
+        reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}",
+                              min(args.questions_per_tree, micro_batch))
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:

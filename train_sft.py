@@ -73,7 +73,7 @@ def main():
     model = start(args)
     rows, micro_batch = data.load(args.data, "sft", args.n, args.seed), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("answer",), args.max_length)
-    trees = rows.trees(min(args.questions_per_tree, micro_batch))
+    trees = rows.trees(min(args.questions_per_tree, args.batch_size))
     steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0

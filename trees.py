@@ -7,10 +7,11 @@ the tokens. So everything about one picture is packed as one sequence instead, a
 
     [picture | question 1 | chosen 1 | rejected 1 | question 2 | chosen 2 | rejected 2 | ...]
 
-The picture is encoded and attended to once. A mask keeps branches apart, so that each token sees its own ancestors
-The picture is encoded and attended to once. A mask keeps branches apart: a token sees its own ancestors only,
-add up in the shared part. A preference pair is a question with two responses, a GRPO group one with many, and several
-questions about an SFT picture are branches with one response each.
+The picture is encoded and attended to once. A mask keeps branches apart: a token sees its own branch and what that
+branch grew from. Positions start again where a branch starts. So for the LLM nothing has changed, and the gradients of
+all branches add up in the part that they share. A preference pair is a question with two responses, a GRPO group one
+with many, and several SFT questions about a picture are branches with one response each.
+
 Sharing a prefix between two responses is known from text-only DPO (Wang & Hegde 2024, arXiv 2410.20305).
 """
 from dataclasses import dataclass

@@ -468,6 +468,14 @@ def test_order_covers_every_row_each_epoch():
     assert epochs[0] == as_before
 
 
+def test_cut_splits_what_is_larger_than_a_part():
+    # a micro-batch smaller than a tree changes how a step is read, not which rows are in it; nothing can be asked for in parts of no row
+    assert data.cut([[0, 1, 2, 3, 4], [5], [6, 7]], 2) == [[[0, 1]], [[2, 3]], [[4], [5]], [[6, 7]]]
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            data.load("scenes/train/sft/4", "sft", 8).trees(limit)
+
+
 def test_order_and_cut_keep_trees_whole():
     # trees of one to four rows: each whole in one step and in one micro-batch, every row once an epoch, never more rows than were asked for,
     # and a step ends only where the next tree does not fit

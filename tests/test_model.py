@@ -127,8 +127,8 @@ def test_what_cannot_be_built_says_why(make, vision_dirs, llm_dirs, tmp_path):
 @pytest.mark.parametrize("model_class, config_class, extra, reason", [
     (Qwen2ForCausalLM, Qwen2Config, dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "look back a limited way"),  # one layer
     (MistralForCausalLM, MistralConfig, dict(sliding_window=8), "look back a limited way"),  # every layer, and its config lists none
-    (MptForCausalLM, MptConfig, dict(), "'mpt' does not follow the mask and the positions"),  # ALiBi: counts columns itself
-    (RwkvForCausalLM, RwkvConfig, dict(), "'rwkv' does not follow the mask and the positions"),  # recurrent: reads all that came before
+    (MptForCausalLM, MptConfig, dict(), "'mpt' cannot read trees"),  # ALiBi: counts columns itself
+    (RwkvForCausalLM, RwkvConfig, dict(), "'rwkv' cannot read trees"),  # recurrent: reads all that came before
 ])
 def test_an_llm_that_cannot_read_a_tree_is_refused(model_class, config_class, extra, reason, vision_dirs, tokenizers, tmp_path):
     # opened as a user opens it: one line with the reason, before anything is trained
