@@ -52,16 +52,16 @@ SFT = ["sft_rows", "sft_tree"]
 QWEN = dict(vocab_size=151936, num_key_value_heads=2)
 SO400M = dict(image_size=384, patch_size=16, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
               num_attention_heads=16)
-SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pairs a step
-    "drawn": (dict(), dict(), None, None, 16),  # scenes.py, without pooling, which LLaVA does not have
+SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pairs a step, steps a run
+    "drawn": (dict(), dict(), None, None, 16, 10),  # scenes.py, without pooling, which LLaVA does not have
     "middle": (dict(image_size=224, patch_size=16, hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
                     num_attention_heads=4),
                dict(vocab_size=32000, hidden_size=384, intermediate_size=1408, num_hidden_layers=10,
-                    num_attention_heads=6, num_key_value_heads=6), (8, 22), (36, 60), 4),
+                    num_attention_heads=6, num_key_value_heads=6), (8, 22), (36, 60), 4, 3),
     "0.5b": (SO400M, dict(QWEN, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
-             (40, 40), (150, 150), 16),
+             (40, 40), (150, 150), 16, 8),
     "1.5b": (SO400M, dict(QWEN, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                          num_attention_heads=12), (40, 40), (150, 150), 8)}
+                          num_attention_heads=12), (40, 40), (150, 150), 8, 8)}
 LR = 1e-5
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
@@ -69,7 +69,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "middle"], help="sizes of model and data")
 parser.add_argument("--variants", nargs="+", choices=DPO + SFT, help="default: all; TRL's only where it is installed")
 parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
-parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a run; the first is not timed")
+parser.add_argument("--steps", type=int, help="optimiser steps of a run, the first of which is not timed (default: the "
+                                              "shape's own, 3 to 10)")
 parser.add_argument("--pairs", type=int, help="pairs a step, a multiple of 4 (default: the shape's own, 4 to 16)")
 parser.add_argument("--threads", type=int, default=1, help="CPU threads; seconds are CPU seconds where there is no GPU")
 parser.add_argument("--matmul", choices=("highest", "high", "medium"), default="high",
@@ -87,7 +88,7 @@ parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # VARIANT SHAP
 
 def make_models(shape, folder):
     """Saves FOLDER/reference with random weights, and FOLDER/policy, which is the same plus noise"""
-    vision, llm, *_ = SHAPES[shape]
+    vision, llm = SHAPES[shape][:2]
     torch.manual_seed(0)
     if shape == "drawn":
         scenes.tiny_vision(folder + "/vision")
@@ -112,7 +113,7 @@ def make_models(shape, folder):
 
 def make_records(shape, n):
     """n preference pairs, QUESTIONS about each picture in a row"""
-    vision, llm, question, response, _ = SHAPES[shape]
+    vision, llm, question, response = SHAPES[shape][:4]
     if shape == "drawn":
         return [scenes.Scenes("train", n, "foreign", 0, QUESTIONS)[i] for i in range(n)]
     rng, size = random.Random(0), vision["image_size"]
@@ -236,11 +237,11 @@ def worker(args):
     torch.set_num_threads(args.threads)
     device, autocast = common.setup(0, args.matmul)
     memory = os.environ.get("MALLOC_MMAP_THRESHOLD_") == "65536"                # malloc gives memory back, slowly
-    pairs = args.pairs or SHAPES[shape][-1]
-    records = make_records(shape, pairs * args.steps)
+    pairs, n_steps = args.pairs or SHAPES[shape][4], args.steps or SHAPES[shape][5]
+    records = make_records(shape, pairs * n_steps)
     if variant.startswith("trl"):
         from bench_trl import trl_steps
-        steps, flops = trl_steps(folder + "/policy", folder + "/reference", records, pairs, args.steps, LR,
+        steps, flops = trl_steps(folder + "/policy", folder + "/reference", records, pairs, n_steps, LR,
                                  variant == "trl_compact", args.grad_checkpoint, lambda: Meter(device, memory)), {}
     else:
         steps, flops = our_steps(variant, folder, records, pairs, args, device, autocast, memory)
@@ -323,6 +324,20 @@ def mfu(flops_per_s):
     return next((flops_per_s / peak for card, peak in PEAK_FLOPS.items() if card in name), None)
 
 
+def show(rows, title):
+    """The table of one shape, a line a variant"""
+    ratio = lambda values: "{:.2f} [{:.2f}, {:.2f}]".format(*values)
+    columns = {"peer": lambda row: row["peer"], "times as fast": lambda row: ratio(row["speed"]),
+               "one epoch": lambda row: ratio(row["speed_one_epoch"]),
+               "times less memory": lambda row: f"{row['memory_ratio']:.2f}",
+               "MB": lambda row: f"{row['peak_mb']:.0f}", "pairs/s": lambda row: f"{row['pairs_per_s']:.2f}",
+               "GFLOP/pair": lambda row: f"{sum(row['gflop_per_pair'].values()):.3g}" if row["gflop_per_pair"] else "",
+               "of bf16 peak": lambda row: f"{row['mfu']:.1%}" if row["mfu"] else "",
+               "loss": lambda row: f"{row['loss']:.6f}", "grad_norm": lambda row: f"{row['grad_norm']:.6f}"}
+    common.print_table(title, ["variant", *(row["variant"] for row in rows)],
+                       [[name, *map(column, rows)] for name, column in columns.items()])
+
+
 def draw(rows, path):
     """For each shape what a pair costs in FLOPs, part by part, and how much faster than the peer each variant is"""
     import matplotlib
@@ -358,6 +373,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args)
+    if args.pairs is not None and args.pairs % QUESTIONS:
+        raise InputError(f"--pairs {args.pairs}: must be a multiple of {QUESTIONS}, the questions about a picture")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         import trl
@@ -367,26 +384,19 @@ def main():
     print(f"device {versions_device(device, args)}; torch {torch.__version__}; "
           f"transformers {transformers.__version__}; {peer}")
     variants = args.variants or [v for v in DPO + SFT if not (v.startswith("trl") and "not installed" in peer)]
-    argv = ["--steps", str(args.steps), "--threads", str(args.threads), "--matmul", args.matmul, "--compile",
-            str(args.compile).lower(), *(["--pairs", str(args.pairs)] if args.pairs else []),
+    argv = ["--threads", str(args.threads), "--matmul", args.matmul, "--compile", str(args.compile).lower(),
+            *(["--pairs", str(args.pairs)] if args.pairs else []),
+            *(["--steps", str(args.steps)] if args.steps else []),
             *(["--grad_checkpoint"] if args.grad_checkpoint else [])]
     rows = []
     for shape in args.shapes:
         rows += measure(shape, variants, args, argv, device)
-        lines = [row for row in rows if row["shape"] == shape]
-        ratio = lambda values: "{:.2f} [{:.2f}, {:.2f}]".format(*values)
-        common.print_table(
-            f"{shape}: ratios to the peer, median [lowest, highest] of {args.rounds} rounds",
-            ["variant", "peer", "times as fast", "one epoch", "times less memory", "peak MB a step", "pairs/s",
-             "GFLOP a pair", "loss", "grad_norm", *(["MFU"] if lines[0]["mfu"] else [])],
-            [[row["variant"], row["peer"], ratio(row["speed"]), ratio(row["speed_one_epoch"]),
-              f"{row['memory_ratio']:.2f}", f"{row['peak_mb']:.0f}", f"{row['pairs_per_s']:.2f}",
-              f"{sum(row['gflop_per_pair'].values()):.3g}", f"{row['loss']:.6f}", f"{row['grad_norm']:.6f}",
-              *([f"{row['mfu']:.1%}"] if row["mfu"] else [])] for row in lines])
-    if args.json:
-        with open(args.json + ".tmp", "w") as f:
-            json.dump(rows, f, indent=1)
-        os.replace(args.json + ".tmp", args.json)
+        show([row for row in rows if row["shape"] == shape], f"{shape}: times as fast as the peer, median [lowest, "
+             f"highest] of {args.rounds} rounds; peak memory above the start of a step")
+        if args.json:
+            with open(args.json + ".tmp", "w") as f:
+                json.dump(rows, f, indent=1)
+            os.replace(args.json + ".tmp", args.json)
     if args.plot:
         draw(rows, args.plot)
 
