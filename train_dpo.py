@@ -79,8 +79,11 @@ class Reference:
         for name, tensor in model.state_dict().items():
             weights.update(name.encode())
             weights.update(tensor.cpu().contiguous().numpy())
-        chat = model.chat
+        chat, configs = model.chat, [part.config.to_dict() for part in (model.vision, model.llm)]
+        for config in configs:
+            config.update(_name_or_path=None, transformers_version=None)
         self.key = {"weights": weights.hexdigest()[:16], "rows": rows.identity(), "precision": precision,
+                    "configuration": digest(json.dumps(configs, sort_keys=True, default=str)),
                     "template": digest(chat.head, chat.middle, chat.lead, chat.tail),
                     "tokenizer": digest(json.dumps(model.tokenizer.get_vocab(), sort_keys=True)),
                     "image processing": digest(model.image_processor.to_json_string()),
@@ -93,7 +96,7 @@ class Reference:
                 with safe_open(self.file, "pt") as f:
                     found = json.loads((f.metadata() or {}).get("key", "{}"))
                     table = {name: f.get_tensor(name).tolist() for name in f.keys()}
-            except SafetensorError as error:
+            except (SafetensorError, ValueError) as error:
                 raise InputError(f"{self.file} cannot be read ({error}); remove it") from None
             other = [name for name in self.key if self.key[name] != found.get(name)]
             if other:
@@ -113,11 +116,11 @@ class Reference:
     @torch.no_grad()
     def fill(self, model, collator, steps, micro_batch, workers, autocast):
         """Computes what is not there yet, in the very micro-batches of training: a step 0 of exactly log 2."""
-        missing, todo = {row for step in steps for tree in step for row in tree} - set(self.logps), []
+        known, todo = set(self.logps), []
         for part in (part for step in steps for part in data.cut(step, micro_batch)):
-            here = {row for tree in part for row in tree}
-            todo += [part] if here & missing else []
-            missing -= here
+            part = [[row for row in tree if row not in known] for tree in part]
+            todo += [part] if any(part) else []
+            known.update(row for tree in part for row in tree)
         before, saved = len(self.logps), time.time()
         for ((batch, _),) in tqdm(data.batches(collator, todo, micro_batch, workers), total=len(todo),
                                   desc="reference", disable=not todo):
