@@ -6,11 +6,11 @@ What does a preference step cost, and what does each saving buy?
     pip install trl==1.16.0 && python bench.py       with TRL's DPOTrainer, the peer, in the comparison
 
 The same pairs, four questions about each picture, go through variants of one DPO step (forward, backward, clipping,
-AdamW), each of which has the savings of the one before it:
+AdamW). From naive on, each has the savings of the one before it:
 
     trl               TRL's DPOTrainer as it comes (see bench_trl.py); on a CPU it scores prompts and pictures too
     trl_compact       the same, scoring response tokens only, as it does on a GPU: the fair peer on a CPU
-    naive             TRL's step written by hand: a row a response, its picture encoded for each, reference live
+    naive             TRL's step by hand, less its metrics: a row a response, a picture for each, the reference live
     image_once        the picture is encoded once for both responses
     cached_reference  the reference's log-probs are numbers, as in train_dpo.py
     shared_prefix     chosen and rejected are branches of one row: picture and question are read once
@@ -19,10 +19,13 @@ AdamW), each of which has the savings of the one before it:
     sft_tree          the same, all questions about a picture in one row
 
 Each variant runs in a process of its own, in rounds, so that a busy machine is busy for all of them; a ratio is taken
-within its round. First of all, every variant must give the same losses and gradient norms: policy and reference have
-different weights, as at equal weights any broken variant has the loss log 2. Peak memory is measured in another run.
+within its round. Every variant must give the same losses and gradient norms: policy and reference have different
+weights, as at equal weights any broken variant has the loss log 2. Peak memory is measured in another run, above what
+was held at the start of a step (weights, Adam's moments, a live reference), which is told beside it; FLOPs are counted.
 """
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -31,12 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 
 import torch
 import transformers
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import common
@@ -63,6 +65,13 @@ SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pair
     "1.5b": (SO400M, dict(QWEN, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                           num_attention_heads=12), (40, 40), (150, 150), 8, 8)}
 LR = 1e-5
+aten = torch.ops.aten
+COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, and attention on a CPU
+    aten.addmm_: lambda total, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +124,8 @@ def make_records(shape, n):
     """n preference pairs, QUESTIONS about each picture in a row"""
     vision, llm, question, response = SHAPES[shape][:4]
     if shape == "drawn":
-        return [scenes.Scenes("train", n, "foreign", 0, QUESTIONS)[i] for i in range(n)]
+        world = scenes.Scenes("train", n, "foreign", 0, QUESTIONS)
+        return [world[i] for i in range(n)]
     rng, size = random.Random(0), vision["image_size"]
     pictures = [Image.frombytes("RGB", (size, size), rng.randbytes(3 * size**2)) for _ in range(-(-n // QUESTIONS))]
     text = lambda bounds: "".join(rng.choice("0123456789") for _ in range(rng.randint(*bounds)))  # a token a digit
@@ -150,6 +160,7 @@ class Meter:
         self.cuda, self.memory = device.type == "cuda", memory
 
     def __enter__(self):
+        self.held = None
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -178,7 +189,8 @@ def resident_mb(field):
 
 
 def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
-    """-> one {"seconds", "peak_mb", "loss", "grad_norm", "reference_seconds"} a step; FLOPs of a pair, if `memory`"""
+    """-> {"seconds", "held_mb", "peak_mb", "loss", "grad_norm", "reference_seconds"} of each step; FLOPs of a pair by
+    part, if `memory`"""
     model = MLLM.load(folder + "/policy").to(device).train()
     live = variant in ("naive", "image_once")
     frozen = MLLM.load(folder + "/reference").to(device).requires_grad_(False) if variant in DPO else None
@@ -218,17 +230,20 @@ def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
         del frozen                                                              # one model in memory
     steps = []
     for i, batch in enumerate(batches):
-        count = memory and i == len(batches) - 1                                # counting takes time
-        with FlopCounterMode(display=False) if count else nullcontext() as flops, Meter(device, memory) as meter:
+        with Meter(device, memory) as meter:
             loss, norm = step(batch, remembered[i])
-        steps.append({"seconds": meter.seconds, "peak_mb": meter.peak_mb, "loss": float(loss), "grad_norm": float(norm),
-                      "reference_seconds": reference_seconds[i]})
+        steps.append({"seconds": meter.seconds, "held_mb": meter.held, "peak_mb": meter.peak_mb, "loss": float(loss),
+                      "grad_norm": float(norm), "reference_seconds": reference_seconds[i]})
     if not memory:
         return steps, {}
-    counts = {name: sum(table.values()) for name, table in flops.get_flop_counts().items()}
-    total, vision = counts["Global"], counts.get(type(model.vision).__name__, 0)
-    llm = counts.get(type(model.llm.base_model).__name__, 0)
-    return steps, {"vision": vision / pairs, "llm": llm / pairs, "head": (total - vision - llm) / pairs}
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:       # a further step, as counting costs
+        step(batch, remembered[i])
+    total = flops.get_total_flops()
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops, torch.no_grad():
+        model.image_tokens(batch.pixels)
+    vision = (3 + live) * flops.get_total_flops()                               # backward is twice a forward pass
+    head = (4 + live) * 2 * len(batch.targets) * model.llm.get_output_embeddings().weight.numel()   # logits made twice
+    return steps, {"vision": vision / pairs, "llm": (total - vision - head) / pairs, "head": head / pairs}
 
 
 def worker(args):
@@ -248,6 +263,7 @@ def worker(args):
     middle = lambda name: statistics.median(s.get(name) or 0 for s in steps[1:])  # the first makes Adam's moments
     print("RESULT " + json.dumps({
         "seconds": middle("seconds"), "reference_seconds": middle("reference_seconds"), "peak_mb": middle("peak_mb"),
+        "held_mb": middle("held_mb"),
         "losses": [s["loss"] for s in steps], "grad_norms": [s["grad_norm"] for s in steps], "flops": flops,
         "pairs": pairs}))
 
@@ -274,7 +290,7 @@ def assert_same(results, tolerance):
         names = [variant for variant in group if variant in results]
         for variant in names[1:]:
             for key in ("losses", "grad_norms"):
-                for i, (a, b) in enumerate(zip(results[names[0]][key], results[variant][key])):
+                for i, (a, b) in enumerate(zip(results[names[0]][key], results[variant][key], strict=True)):
                     if abs(a - b) > tolerance * abs(a):
                         raise SystemExit(f"{variant} differs from {names[0]}: {key}[{i}] is {b}, not {a}")
 
@@ -286,12 +302,11 @@ def measure(shape, variants, args, argv, device):
         rounds, bar = [], tqdm(total=(args.rounds + 1) * len(variants), desc=shape)
         for number in range(args.rounds + 1):  # the last is for memory: never from the run that is timed
             rounds.append({})
-            for variant in variants:
+            for variant in variants[::-1] if number % 2 else variants:  # a machine that slows down favours neither end
                 bar.set_postfix_str(variant)
                 rounds[-1][variant] = run(variant, shape, folder, argv, memory=number == args.rounds)
                 bar.update()
-            if number == 0:
-                assert_same(rounds[0], 1e-5 if device.type == "cpu" else 2e-2)  # bf16 on a GPU
+            assert_same(rounds[-1], 1e-5 if device.type == "cpu" else 2e-2)     # bf16 on a GPU
         bar.close()
     *rounds, memory = rounds
     rows = []
@@ -305,8 +320,8 @@ def measure(shape, variants, args, argv, device):
         flops = memory[variant]["flops"]
         rows.append({"variant": variant, "shape": shape, "device": versions_device(device, args),
                      "pairs_per_s": first["pairs"] / seconds_a_step,
-                     "peak_mb": memory[variant]["peak_mb"], "loss": first["losses"][-1],
-                     "grad_norm": first["grad_norms"][-1], "peer": peer,
+                     "peak_mb": memory[variant]["peak_mb"], "held_mb": memory[variant]["held_mb"],
+                     "loss": first["losses"][-1], "grad_norm": first["grad_norms"][-1], "peer": peer,
                      **{name: [statistics.median(values), min(values), max(values)] for name, values in ratios.items()},
                      "memory_ratio": memory[peer]["peak_mb"] / memory[variant]["peak_mb"],
                      "gflop_per_pair": {part: count / 1e9 for part, count in flops.items()},
@@ -330,7 +345,8 @@ def show(rows, title):
     columns = {"peer": lambda row: row["peer"], "times as fast": lambda row: ratio(row["speed"]),
                "one epoch": lambda row: ratio(row["speed_one_epoch"]),
                "times less memory": lambda row: f"{row['memory_ratio']:.2f}",
-               "MB": lambda row: f"{row['peak_mb']:.0f}", "pairs/s": lambda row: f"{row['pairs_per_s']:.2f}",
+               "MB": lambda row: f"{row['peak_mb']:.0f}", "held MB": lambda row: f"{row['held_mb']:.0f}",
+               "pairs/s": lambda row: f"{row['pairs_per_s']:.2f}",
                "GFLOP/pair": lambda row: f"{sum(row['gflop_per_pair'].values()):.3g}" if row["gflop_per_pair"] else "",
                "of bf16 peak": lambda row: f"{row['mfu']:.1%}" if row["mfu"] else "",
                "loss": lambda row: f"{row['loss']:.6f}", "grad_norm": lambda row: f"{row['grad_norm']:.6f}"}
@@ -375,15 +391,17 @@ def main():
         return worker(args)
     if args.pairs is not None and args.pairs % QUESTIONS:
         raise InputError(f"--pairs {args.pairs}: must be a multiple of {QUESTIONS}, the questions about a picture")
+    if min(args.steps or 2, args.rounds + 1) < 2:
+        raise InputError("--steps must be at least 2, as the first is not timed, and --rounds at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        import trl
-        peer = f"trl {trl.__version__}"
-    except ImportError:
-        peer = "trl is not installed: naive, which is its step written by hand, stands in for it"
+    has_trl = importlib.util.find_spec("trl") is not None
     print(f"device {versions_device(device, args)}; torch {torch.__version__}; "
-          f"transformers {transformers.__version__}; {peer}")
-    variants = args.variants or [v for v in DPO + SFT if not (v.startswith("trl") and "not installed" in peer)]
+          f"transformers {transformers.__version__}; "
+          + (f"trl {importlib.metadata.version('trl')}" if has_trl else
+             "trl is not installed: naive, its step written by hand, stands in for it"))
+    skipped = [] if has_trl else ["trl", "trl_compact"]
+    skipped += ["trl"] if device.type == "cuda" else []  # there TRL is trl_compact
+    variants = args.variants or [variant for variant in DPO + SFT if variant not in skipped]
     argv = ["--threads", str(args.threads), "--matmul", args.matmul, "--compile", str(args.compile).lower(),
             *(["--pairs", str(args.pairs)] if args.pairs else []),
             *(["--steps", str(args.steps)] if args.steps else []),

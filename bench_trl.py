@@ -73,7 +73,7 @@ class Measure(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.meter.__exit__(None, None, None)
-        self.steps.append({"seconds": self.meter.seconds, "peak_mb": self.meter.peak_mb})
+        self.steps.append({"seconds": self.meter.seconds, "held_mb": self.meter.held, "peak_mb": self.meter.peak_mb})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "grad_norm" in logs:                                    # the last log of a run is a summary without it

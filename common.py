@@ -165,12 +165,13 @@ class Drift:
         self.model = model
         self.start = {name: [p.detach().to("cpu", copy=True) for p in part.parameters()]
                       for name, part in model.parts().items()}
+        self.norm = {name: global_norm(tensors) for name, tensors in self.start.items()}
 
     def __call__(self):
         drift = {}
         for name, part in self.model.parts().items():
             moved = global_norm(p.detach().cpu() - p0 for p, p0 in zip(part.parameters(), self.start[name]))
-            drift[f"drift_{name}"] = float(moved / global_norm(self.start[name]))
+            drift[f"drift_{name}"] = float(moved / self.norm[name])
         return drift
 
 

@@ -262,7 +262,7 @@ def order(trees, batch_size, epochs, seed, steps=None):
 
     A function of its arguments alone, so two arms with the same seed read the same rows in the same order."""
     batches, epoch = [], 0
-    while epoch < epochs if steps is None else len(batches) < steps:
+    while (epoch < epochs) if steps is None else (len(batches) < steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         batches += cut([trees[i] for i in torch.randperm(len(trees), generator=generator).tolist()], batch_size)
         epoch += 1
@@ -273,8 +273,9 @@ def batches(collator, steps, micro_batch, workers=0):
     """Yields for each step the list of its micro-batches [(Batch, dropped), ...] of at most `micro_batch` rows;
     pictures are decoded by `workers` processes, ahead of the step that needs them"""
     micro = [cut(step, micro_batch) for step in steps]
+    ahead = -(-max(map(len, micro)) // workers) + 1 if workers else None       # micro-batches a worker: a step and more
     loader = iter(DataLoader([part for parts in micro for part in parts], batch_size=None, collate_fn=collator,
-                             num_workers=workers, pin_memory=torch.cuda.is_available()))
+                             num_workers=workers, prefetch_factor=ahead, pin_memory=torch.cuda.is_available()))
     for parts in micro:
         yield [next(loader) for _ in parts]
 

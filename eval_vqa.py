@@ -107,7 +107,7 @@ def choose(model, pixels, records, options, batch_size=64):
         batch = batch.to(model.device)
         logps = iter(batch.per_response(model.response_logps(batch, image_tokens)).tolist())
         for b in part:
-            choices[b] = max(options[kind_of(records[b])], key=lambda _: next(logps))
+            choices[b] = max((next(logps), option) for option in options[kind_of(records[b])])[1]
     return choices
 
 

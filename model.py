@@ -11,7 +11,7 @@ map reads, `response_logps` is the fast path that the losses use, and `logps` is
 The fast path repeats nothing: responses that follow the same picture and question are read as branches of one sequence
 (`trees.py`), and `ResponseLogps` scores their tokens without ever holding all their logits.
 
-Axes: I pictures, S packed rows, T row length, N' patches, N image tokens, M response tokens, R responses, D width,
+Axes: B or I pictures, S packed rows, T row length, N' patches, N image tokens, M response tokens, R responses, D width,
 V vocabulary.
 """
 import json
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel,
-                          Dinov2Model, Dinov2WithRegistersModel, SiglipVisionModel, ViTModel)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, Dinov2Model,
+                          Dinov2WithRegistersModel, SiglipVisionModel, ViTModel)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision one level up
 
 FORMAT = 1            # of a run directory; raised when an old one can no longer be read
 CHUNK_LOGITS = 2**26  # how many logits exist at a time (256 MB in fp32), whatever the vocabulary and the batch
@@ -134,7 +135,7 @@ def chunk_logits_gradient(hidden, weight, bias, targets, total, gradient):
 class ResponseLogps(torch.autograd.Function):
     """log p(target) of every response token from the last hidden states: the hot path of every loss.
 
-    `apply(hidden (M,D), weight (V,D), bias (V,) or None, targets (M,), chunk functions) -> (M,)`, all in fp32. Works
+    `apply(hidden (M,D), weight (V,D), bias (V,) or None, targets (M,), chunk functions) -> (M,)`, fp32 tensors. Works
     through the tokens in chunks of CHUNK_LOGITS / V, forward and backward, so that (M,V) logits, which would be the
     largest tensor of a step, never exist; backward makes each chunk's logits once more. The weight's gradient is
     summed over chunks in fp32."""
@@ -152,15 +153,16 @@ class ResponseLogps(torch.autograd.Function):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
         grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t) if t is not None and needed else None for t, needed
                                                in zip((hidden, weight, bias), ctx.needs_input_grad))
-        for at in range(0, len(hidden), ctx.chunk):
-            part = slice(at, at + ctx.chunk)
-            grad_logits = ctx.functions[1](hidden[part], weight, bias, targets[part], totals[part], gradient[part])
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[part])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+        with torch.autocast(gradient.device.type, enabled=False):  # backward may be called where forward was not
+            for at in range(0, len(hidden), ctx.chunk):
+                part = slice(at, at + ctx.chunk)
+                grad_logits = ctx.functions[1](hidden[part], weight, bias, targets[part], totals[part], gradient[part])
+                if grad_hidden is not None:
+                    torch.mm(grad_logits, weight, out=grad_hidden[part])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
@@ -253,7 +255,7 @@ class MLLM(nn.Module):
         self.connector = Connector(vision.config.hidden_size, d_llm, pool)
         self.chunk_functions = (chunk_logps, chunk_logits_gradient)
         for module in self.modules():  # PIVOT uses none, and DPO's policy must start equal to its reference
-            for name in ("dropout", "attention_dropout", "drop_prob", "p"):
+            for name in ("dropout", "attention_dropout", "dropout_prob", "drop_prob", "p"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
 
@@ -352,8 +354,9 @@ class MLLM(nn.Module):
     def response_logps(self, batch, image_tokens=None):
         """Log-probability of every response token: Batch -> (M,) in fp32; `batch.per_response` sums them.
 
-        Only response tokens meet the vocabulary, and their last hidden states do so in fp32 (TF32 on a GPU): log-ratios
-        are small differences of large sums. `image_tokens` (I,N,D) may be given, to take a gradient there."""
+        Only response tokens meet the vocabulary, and not in bf16: log-ratios are small differences of large sums, and
+        bf16 logits are rounded to 8 bits (on a GPU TF32, 11 bits, sums in fp32; --matmul highest: all fp32).
+        `image_tokens` (I,N,D) may be given, to take a gradient there."""
         if image_tokens is None:
             image_tokens = self.image_tokens(batch.pixels)                              # (I,N,D), each picture once
         hidden = self.llm.base_model(inputs_embeds=self.splice(batch.input_ids, image_tokens),

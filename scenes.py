@@ -227,7 +227,7 @@ class Scenes:
         image, mask, boxes = draw_picture(rng, scene)
         asked = []
         for _ in range(self.questions):
-            for _ in range(20):  # none is asked twice, as long as there are others
+            for _ in range(20):  # no row twice, as long as there are others; a pair may ask again and answer otherwise
                 row = self.ask(rng, scene, boxes)
                 if row not in asked:
                     break

@@ -82,7 +82,8 @@ class Reference:
         chat, configs = model.chat, [part.config.to_dict() for part in (model.vision, model.llm)]
         for config in configs:
             config.update(_name_or_path=None, transformers_version=None)
-        self.key = {"weights": weights.hexdigest()[:16], "rows": rows.identity(), "precision": precision,
+        self.key = {"version": 1,                                               # raise it when our log-probs change
+                    "weights": weights.hexdigest()[:16], "rows": rows.identity(), "precision": precision,
                     "configuration": digest(json.dumps(configs, sort_keys=True, default=str)),
                     "template": digest(chat.head, chat.middle, chat.lead, chat.tail),
                     "tokenizer": digest(json.dumps(model.tokenizer.get_vocab(), sort_keys=True)),
@@ -115,10 +116,11 @@ class Reference:
 
     @torch.no_grad()
     def fill(self, model, collator, steps, micro_batch, workers, autocast):
-        """Computes what is not there yet, in the very micro-batches of training: a step 0 of exactly log 2."""
+        """Computes what is not there yet, in the very micro-batches of training: so step 0 is log 2, and on a CPU the
+        rewards are 0 to the last bit."""
         known, todo = set(self.logps), []
         for part in (part for step in steps for part in data.cut(step, micro_batch)):
-            part = [[row for row in tree if row not in known] for tree in part]
+            part = [[row for row in tree if row not in known] for tree in part]  # may leave trees without rows
             todo += [part] if any(part) else []
             known.update(row for tree in part for row in tree)
         before, saved = len(self.logps), time.time()
@@ -140,7 +142,7 @@ class Reference:
     def __call__(self, batch):
         """-> (R,) fp32, chosen and rejected in turn"""
         for row, fingerprint in batch.rows:
-            if self.logps[row][0] != fingerprint:
+            if self.logps.get(row, [None])[0] != fingerprint:
                 raise InputError(f"{self.source} row {row} is not what {self.file} was computed from: its picture, or "
                                  "the code that prepares it, changed since; remove that file")
         return torch.tensor([logp for row, _ in batch.rows for logp in self.logps[row][1:]])
@@ -166,8 +168,8 @@ def main():
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run, drift = (common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows),
-                             trees=len(trees)), common.Drift(model))
+    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows), trees=len(trees))
+    drift = common.Drift(model)
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
     if args.reference == "remembered":
         reference.fill(model, collator, steps, micro_batch, args.workers, autocast)

@@ -81,8 +81,8 @@ def main():
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run, drift = (common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows),
-                             trees=len(trees)), common.Drift(model))
+    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows), trees=len(trees))
+    drift = common.Drift(model)
     print(f"example     {data.show(model, collator)}\n")
 
     # ---- train

@@ -636,3 +636,19 @@ def test_a_dropped_mask_is_noticed(llm, models, monkeypatch):
 @pytest.mark.parametrize("llm", LLM)
 def test_without_a_mistake_it_passes(llm, models):
     same(models(llm=llm), PLANTED)
+
+
+def test_the_hot_path_is_fp32_wherever_backward_is_called():
+    # gradient maps ask for gradients inside autocast, training outside: the same numbers, in fp32
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(9, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True), torch.randint(40, (9,))
+
+    def gradients(inside):
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                total = model_file.ResponseLogps.apply(hidden, weight, None, targets, (model_file.chunk_logps, model_file.chunk_logits_gradient)).sum()
+            if inside:
+                return torch.autograd.grad(total, (hidden, weight))
+        return torch.autograd.grad(total, (hidden, weight))
+    for a, b in zip(gradients(inside=True), gradients(inside=False), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
