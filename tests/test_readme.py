@@ -14,7 +14,7 @@ import pytest
 import scenes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py"]
+SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py", "bench.py"]
 
 
 def readme():

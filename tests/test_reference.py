@@ -316,7 +316,7 @@ def test_a_file_of_other_numbers_is_refused(dpo, start):
     shutil.copy(f"{start}.reference/{first}", f"{start}.reference/{second}")
     refused(dpo, f"{start}.reference/{second} was computed with other rows; remove it", "--seed", 1)
     save_file(load_file(f"{start}.reference/{first}"), f"{start}.reference/{second}")
-    refused(dpo, f"{start}.reference/{second} was computed with other weights, [^\n]*; remove it", "--seed", 1)
+    refused(dpo, f"{start}.reference/{second} was computed with other version, weights, [^\n]*; remove it", "--seed", 1)
 
 
 @pytest.mark.parametrize("kept", [0, .5])
