@@ -20,8 +20,9 @@ AdamW). From naive on, each has the savings of the one before it:
 
 Each variant runs in a process of its own, in rounds, so that a busy machine is busy for all of them; a ratio is taken
 within its round. Every variant must give the same losses and gradient norms: policy and reference have different
-weights, as at equal weights any broken variant has the loss log 2. Peak memory is measured in another run, above what
-was held at the start of a step (weights, Adam's moments, a live reference), which is told beside it; FLOPs are counted.
+weights, as at equal weights any broken variant has the loss log 2. Peak memory is measured in another run (on a CPU
+through /proc: Linux only), above what was held at the start of a step (weights, Adam's moments, a live reference) and
+is told beside it. FLOPs are those of a step, without the reference pass where its log-probs are numbers.
 """
 import argparse
 import importlib.metadata
@@ -318,7 +319,7 @@ def measure(shape, variants, args, argv, device):
                   for name, epoch in (("speed", 0), ("speed_one_epoch", 1))}
         first, seconds_a_step = rounds[0][variant], statistics.median(r[variant]["seconds"] for r in rounds)
         flops = memory[variant]["flops"]
-        rows.append({"variant": variant, "shape": shape, "device": versions_device(device, args),
+        rows.append({"variant": variant, "shape": shape, "device": device_name(device, args),
                      "pairs_per_s": first["pairs"] / seconds_a_step,
                      "peak_mb": memory[variant]["peak_mb"], "held_mb": memory[variant]["held_mb"],
                      "loss": first["losses"][-1], "grad_norm": first["grad_norms"][-1], "peer": peer,
@@ -329,7 +330,8 @@ def measure(shape, variants, args, argv, device):
     return rows
 
 
-def versions_device(device, args):
+def device_name(device, args):
+    """"NVIDIA H200", "cpu, 1 thread(s)" """
     return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {args.threads} thread(s)"
 
 
@@ -395,13 +397,17 @@ def main():
         raise InputError("--steps must be at least 2, as the first is not timed, and --rounds at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has_trl = importlib.util.find_spec("trl") is not None
-    print(f"device {versions_device(device, args)}; torch {torch.__version__}; "
+    print(f"device {device_name(device, args)}; torch {torch.__version__}; "
           f"transformers {transformers.__version__}; "
           + (f"trl {importlib.metadata.version('trl')}" if has_trl else
              "trl is not installed: naive, its step written by hand, stands in for it"))
     skipped = [] if has_trl else ["trl", "trl_compact"]
     skipped += ["trl"] if device.type == "cuda" else []  # there TRL is trl_compact
     variants = args.variants or [variant for variant in DPO + SFT if variant not in skipped]
+    if args.plot and not set(variants) & set(DPO):
+        raise InputError("--plot draws the variants of a DPO step: name at least one in --variants")
+    for path in filter(None, (args.json, args.plot)):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)  # now, not after minutes of measuring
     argv = ["--threads", str(args.threads), "--matmul", args.matmul, "--compile", str(args.compile).lower(),
             *(["--pairs", str(args.pairs)] if args.pairs else []),
             *(["--steps", str(args.steps)] if args.steps else []),

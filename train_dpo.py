@@ -159,9 +159,6 @@ def main():
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
     trees = rows.trees(min(args.questions_per_tree, args.batch_size))
     steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
-    if args.reference == "remembered":
-        reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}",
-                              min(args.questions_per_tree, micro_batch))
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
@@ -172,9 +169,16 @@ def main():
     drift = common.Drift(model)
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
     if args.reference == "remembered":
+        reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}",
+                              min(args.questions_per_tree, micro_batch))
         reference.fill(model, collator, steps, micro_batch, args.workers, autocast)
     else:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
+
+        @torch.no_grad()
+        def reference(batch):
+            with autocast():
+                return batch.per_response(frozen.response_logps(batch))
 
     # ---- train
     n_dropped, n_pairs_since, since = 0, 0, time.time()
@@ -189,13 +193,8 @@ def main():
         n_chosen_tokens = sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches)
         sums = {}
         for batch in step_batches:
-            if args.reference == "remembered":
-                reference_logps = reference(batch).to(device, non_blocking=True)    # (2B,) of B pairs
-                batch = batch.to(device)
-            else:
-                batch = batch.to(device)
-                with torch.no_grad(), autocast():
-                    reference_logps = batch.per_response(frozen.response_logps(batch))
+            batch = batch.to(device)
+            reference_logps = reference(batch).to(device, non_blocking=True)    # (2B,) of B pairs
             with autocast():
                 policy_logps = batch.per_response(model.response_logps(batch))  # (2B,) fp32
             policy_chosen, policy_rejected = rearrange(policy_logps, "(b two) -> two b", two=2)
