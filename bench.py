@@ -39,7 +39,7 @@ import time
 import torch
 import transformers
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import common
@@ -66,13 +66,6 @@ SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pair
     "1.5b": (SO400M, dict(QWEN, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                           num_attention_heads=12), (40, 40), (150, 150), 8, 8)}
 LR = 1e-5
-aten = torch.ops.aten
-COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, and attention on a CPU
-    aten.addmm_: lambda total, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
-    aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,10 +230,10 @@ def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
                       "grad_norm": float(norm), "reference_seconds": reference_seconds[i]})
     if not memory:
         return steps, {}
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:       # a further step, as counting costs
+    with FlopCounterMode(display=False, custom_mapping=common.COUNTED) as flops:  # a further step, as counting costs
         step(batch, remembered[i])
     total = flops.get_total_flops()
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=common.COUNTED) as flops, torch.no_grad():
         model.image_tokens(batch.pixels)
     vision = (3 + live) * flops.get_total_flops()                               # backward is twice a forward pass
     head = (4 + live) * 2 * len(batch.targets) * model.llm.get_output_embeddings().weight.numel()   # logits made twice

@@ -1,6 +1,7 @@
 """What every stage needs and no stage is about: device, optimiser, schedule, the log, and the run directory."""
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -13,9 +14,18 @@ import time
 import numpy as np
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from model import InputError, can_compile
+
+aten = torch.ops.aten
+COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, and attention on a CPU
+    aten.addmm_: lambda total, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
 
 
 def true_or_false(text):
@@ -152,6 +162,15 @@ class Optimizer:
                 "grad_norm": total, **norms}
 
 
+def digest(*parts):
+    """A short name of what was given, text or tensors: other contents, another name"""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy())
+        total.update(b"\n")
+    return total.hexdigest()[:16]
+
+
 def global_norm(tensors):
     """Euclidean norm of many tensors as one vector, () fp32"""
     norms = [t.detach().float().norm() for t in tensors]
@@ -182,7 +201,7 @@ class Run:
 
     def __init__(self, args, model, total_steps, **more):
         self.out, self.folder, self.model = args.out, args.out.rstrip("/") + ".tmp", model
-        self.log_every, self.total_steps, self.unread = args.log_every, total_steps, []
+        self.log_every, self.total_steps, self.unread, self.step_flops = args.log_every, total_steps, [], None
         self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
                          "total_steps": total_steps, **more}
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -205,6 +224,16 @@ class Run:
         self.log(step, {**values, **more()})
         return True
 
+    def count_flops(self, batches):
+        """Passes on the micro-batches of a step; in the first step the floating-point operations of the loop around it
+        are counted. In every step, counting would cost time."""
+        if self.step_flops is not None:
+            yield from batches
+            return
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:
+            yield from batches
+        self.step_flops = flops.get_total_flops()
+
     def check(self):
         """Stops the run at the first loss or gradient that is not a number: nothing after it could be right."""
         for step, pair in self.unread:
@@ -225,6 +254,7 @@ class Run:
         self.check()
         self.file.close()
         self.settings["seconds"] = round(time.time() - self.began, 1)
+        self.settings["flops"] = self.step_flops * self.total_steps  # as if every step were as long as the first
         self.model.write(self.folder, self.settings)
         os.rename(self.folder, self.out)
         print(f"saved       {self.out}  ({self.settings['seconds']:.0f} s)")
@@ -244,6 +274,8 @@ def names(runs):
     """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
     last = [os.path.basename(run.rstrip("/")) for run in runs]
     clear = len({*last, "random"}) == len(last) + 1  # "random" is the name of probe.py's first row
+    if len(set(runs)) < len(runs):
+        raise InputError(f"{max(runs, key=runs.count)} is named twice")
     return last if clear else [run.strip("/").replace("/", "_") + "_run" * (run == "random") for run in runs]
 
 

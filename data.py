@@ -11,6 +11,7 @@ or a PIL picture. `--data` takes one of
 
     scenes/train/sft        the drawn world: scenes/SPLIT/TASK, see scenes.py
     scenes/train/sft/4      the same with four questions about each picture
+    noisy/train/sft         the same world under heavy pixel noise
     my_rows.jsonl           one record a line, pictures beside it
     a folder of parquet files, or a hub id such as openbmb/RLAIF-V-Dataset, whose columns are those of a record
 
@@ -25,11 +26,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from model import InputError, to_pixels
-from scenes import Scenes
+from scenes import WORLDS, Scenes
 from trees import pack
 
 FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
-          "pairs": ("image", "question", "chosen", "rejected")}
+          "pairs": ("image", "question", "chosen", "rejected"), "captions": ("image", "caption")}
+STAND_INS = {"sft": ("chosen",), "captions": ("text", "answer", "chosen")}  # what will do for a kind's last field
 
 
 class BadRow(InputError):
@@ -51,7 +53,8 @@ def _as_record(row):
 
 
 class Rows:
-    """Any source of records as a sequence. `kind` says which fields a record must have: "sft", "vqa" or "pairs".
+    """Any source of records as a sequence. `kind` says which fields a record must have: "sft", "vqa", "pairs" or
+    "captions" (an answer will do for one; of a list of captions the first is taken).
 
     For "sft" a preference row is welcome: its chosen text is the answer,
     so that both arms can read the very same rows."""
@@ -107,12 +110,18 @@ class Rows:
                 raise BadRow(f"cannot be read ({error})") from None
             record = dict(_as_record(row))
             fields = FIELDS[self.kind][1:]
-            if self.kind == "sft" and "answer" not in record:
-                record["answer"] = record.get("chosen")
-                fields += ("rejected",) if "rejected" in record else ()  # unread, but what DPO drops SFT drops too
+            last = fields[-1]
+            if last not in record:
+                stand_in = next((name for name in STAND_INS.get(self.kind, ()) if name in record), last)
+                record[last] = record.get(stand_in)
+                if self.kind == "sft" and "rejected" in record:
+                    fields += ("rejected",)  # unread, but what DPO drops SFT drops too
+            if self.kind == "captions" and isinstance(record[last], list):
+                record[last] = next(iter(record[last]), "")
             for field in fields:
                 if not isinstance(record.get(field), str):
-                    found = f"of type {type(record[field]).__name__}, must be text" if field in record else "missing"
+                    found = "missing" if record.get(field) is None else \
+                        f"of type {type(record[field]).__name__}, must be text"
                     raise BadRow(f"'{field}' is {found}")
                 if not record[field].strip():
                     raise BadRow(f"'{field}' is empty")
@@ -140,18 +149,23 @@ class Rows:
             raise BadRow(f"picture {path} cannot be read ({error})") from None
 
 
+def is_drawn(source):
+    """Is it a name of the drawn world, as scenes/train/sft?"""
+    return source.split("/")[0] in WORLDS and "/" in source
+
+
 def load(source, kind, n=None, seed=0):
     """Opens `source` (see the top of this file) as Rows of `kind`; `n` limits how many rows are used (the first ones).
 
     Raises ValueError or FileNotFoundError with one line that names the file and, where there is one,
     the line or column."""
-    if source.startswith("scenes/") and not os.path.exists(source):
-        parts = source.split("/")
-        if not (len(parts) == 3 or len(parts) == 4 and parts[3].isdecimal() and int(parts[3]) > 0):
+    if is_drawn(source) and not os.path.exists(source):
+        world, *parts = source.split("/")
+        if not (len(parts) == 2 or len(parts) == 3 and parts[2].isdecimal() and int(parts[2]) > 0):
             raise InputError(f"{source}: the drawn world is named scenes/SPLIT/TASK or scenes/SPLIT/TASK/QUESTIONS, "
                              "as in scenes/train/sft or scenes/train/sft/4")
         try:
-            rows, folder = Scenes(parts[1], n or 20_000, parts[2], seed, *map(int, parts[3:])), None
+            rows, folder = Scenes(parts[0], n or 20_000, parts[1], seed, *map(int, parts[2:]), world=world), None
         except ValueError as error:
             raise InputError(f"--data {source}: {error}") from None
         columns = set(rows[0])
@@ -186,7 +200,8 @@ def load(source, kind, n=None, seed=0):
         rows = rows.select(range(min(n, len(rows)))) if hasattr(rows, "select") else rows[:n]
     if not len(rows):
         raise InputError(f"{source} has no rows")
-    missing = [f for f in FIELDS[kind] if f not in columns and not (f == "answer" and "chosen" in columns)]
+    *others, last = FIELDS[kind]
+    missing = [f for f in others if f not in columns] + [last] * (not columns & {last, *STAND_INS.get(kind, ())})
     if missing and not {"images", "prompt"} <= columns:
         raise InputError(f"{source} has no column {', '.join(map(repr, missing))}; "
                          f"it has: {', '.join(sorted(columns))}")
@@ -283,7 +298,7 @@ def batches(collator, steps, micro_batch, workers=0):
 def texts(source, n=2000):
     """Text for a tiny tokenizer: the first rows of `source`,
     and of the drawn world its foreign style too (a real LLM knows its words)"""
-    sources = [source, "scenes/train/foreign", "scenes/train/plain"] if source.startswith("scenes/") else [source]
+    sources = [source, "scenes/train/foreign", "scenes/train/plain"] if is_drawn(source) else [source]
     for each in sources:
         rows = load(each, "pairs" if each.endswith(("foreign", "plain")) else "sft", n).rows
         for i in range(min(n, len(rows))):

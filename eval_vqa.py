@@ -227,7 +227,7 @@ def main():
             raise SystemExit("--out is needed: a folder for the results")
         common.check_out(args.out)
     device, autocast = common.setup(args.seed)
-    n = args.n or (1800 if args.data.startswith("scenes/") else None)
+    n = args.n or (1800 if data.is_drawn(args.data) else None)
     rows = data.load(args.data, "vqa", n, args.seed)
     if args.write_pairs:
         with autocast():

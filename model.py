@@ -5,8 +5,8 @@ The model: vision encoder -> connector -> LLM.
     text ids (S,T) ----embedding-------------------------------------> spliced at the placeholders --> LLM --> log-probs
 
 The encoder and the LLM are transformers models, the connector between them is ours. Everything that trains, probes or
-answers goes through the class `MLLM` below: `features` is the one tensor that the LLM, every probe and every gradient
-map reads, `response_logps` is the fast path that the losses use, and `logps` is the plain, slow path that checks it.
+answers goes through the classes `Encoder` and `MLLM` below: `features` is the one tensor that the LLM and every probe
+reads, `response_logps` is the fast path that the losses use, and `logps` is the plain, slow path that checks it.
 
 The fast path repeats nothing: responses that follow the same picture and question are read as branches of one sequence
 (`trees.py`), and `ResponseLogps` scores their tokens without ever holding all their logits.
@@ -47,21 +47,23 @@ class InputError(ValueError):
 
 
 class Connector(nn.Module):
-    """Linear-GELU-Linear from the encoder's width to the LLM's (LLaVA's mlp2x_gelu).
+    """Linear-GELU-Linear from the encoder's width to the LLM's (LLaVA's mlp2x_gelu); a single Linear if `hidden` is 0.
 
-    `pool=2` first folds each 2x2 block of neighbouring patches into one token, so the LLM reads a quarter as many."""
+    `pool=2` first folds each 2x2 block of neighbouring patches into one token, so the LLM reads a quarter as many.
+    `hidden` is the width between the two layers, by default that of the LLM."""
 
-    def __init__(self, d_vision, d_llm, pool=1):
+    def __init__(self, d_vision, d_llm, pool=1, hidden=None):
         super().__init__()
+        hidden = d_llm if hidden is None else hidden
         self.pool = pool
-        self.up = nn.Linear(d_vision * pool**2, d_llm)
-        self.down = nn.Linear(d_llm, d_llm)
+        self.up = nn.Linear(d_vision * pool**2, hidden or d_llm)
+        self.down = nn.Linear(hidden, d_llm) if hidden else None
 
     def forward(self, features, grid):
         """features (B,N',D_vision) of a `grid` = (rows, columns) of patches -> image tokens (B, N' / pool^2, D_llm)"""
         rows, _ = grid
         x = rearrange(features, "b (h p w q) d -> b (h w) (p q d)", h=rows // self.pool, p=self.pool, q=self.pool)
-        return self.down(F.gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x))) if self.down else self.up(x)
 
 
 class Chat:
@@ -201,6 +203,25 @@ def check_branches(llm):
                          "not follow the mask and the positions that it is given")
 
 
+def opened(loader, name, **how):
+    """`loader.from_pretrained(name)`, with an error that names what cannot be opened"""
+    try:
+        return loader.from_pretrained(name, **how)
+    except OSError as error:
+        raise InputError(f"{name} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def open_vision(name):
+    """Hub id or folder of a vision encoder -> transformers model in fp32, image processor"""
+    model_type = opened(AutoConfig, name).model_type
+    if model_type not in VISION_FAMILIES:
+        raise InputError(f"{name}: vision encoders of type '{model_type}' are not supported; "
+                         f"known types: {', '.join(sorted(VISION_FAMILIES))}")
+    family = VISION_FAMILIES[model_type][0]
+    extra = {"add_pooling_layer": False} if family is ViTModel else {}  # MAE and most ViTs have no weights for it
+    return opened(family, name, dtype=torch.float32, **extra), opened(AutoImageProcessor, name)
+
+
 def swap(vision, modules):
     """Puts {name: module} in their places inside `vision` and returns what stood there: swapping twice undoes it."""
     previous = {name: vision.get_submodule(name) for name in modules}
@@ -223,22 +244,23 @@ def take_off_tail(vision, depth):
     return swap(vision, shorter)
 
 
-class MLLM(nn.Module):
-    """A vision encoder, a connector and an LLM. Make one with `from_pretrained` (parts) or `load` (a run directory)."""
+class Encoder(nn.Module):
+    """A vision encoder, cut off after the layer that an LLM reads: what probe.py asks, and the first part of an MLLM.
 
-    def __init__(self, vision, image_processor, llm, tokenizer, feature_layer=-2, pool=1):
+    Its `feature_layer` is an index of hidden_states. It is written into the encoder's own config, so that an exported
+    encoder says itself at which layer it was read; one that says nothing, and is asked nothing, is read at -2."""
+
+    def __init__(self, vision, image_processor, feature_layer=None):
         super().__init__()
+        if feature_layer is None:
+            feature_layer = getattr(vision.config, "feature_layer", -2)
         n_layers, n_special = vision.config.num_hidden_layers, VISION_FAMILIES[vision.config.model_type][1]
-        depth = feature_layer if feature_layer >= 0 else n_layers + 1 + feature_layer  # as an index of hidden_states
+        depth = feature_layer if feature_layer >= 0 else n_layers + 1 + feature_layer
         if not 1 <= depth <= n_layers:
             raise InputError(f"feature_layer {feature_layer}: the vision encoder has {n_layers} layers, so it must be "
                              f"1..{n_layers} or -{n_layers}..-1")
-        for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
-            if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
-                raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
-        check_branches(llm)
-        self.vision, self.llm, self.tokenizer, self.image_processor = vision, llm, tokenizer, image_processor
-        self.feature_layer, self.pool, self.chat = feature_layer, pool, Chat(tokenizer)
+        self.vision, self.image_processor, self.feature_layer = vision, image_processor, feature_layer
+        vision.config.feature_layer = feature_layer
         self.n_special = n_special + getattr(vision.config, "num_register_tokens", 0)  # CLS and registers: not patches
         self.vision_tail = take_off_tail(vision, depth)  # a plain dict: not parameters of this module
         for name, parameter in vision.named_parameters():
@@ -247,38 +269,56 @@ class MLLM(nn.Module):
         H, W = self.pixels([Image.new("RGB", (64, 64))]).shape[-2:]  # ask the processor: it may crop to another size
         patch = vision.config.patch_size
         self.grid = (H // patch, W // patch)  # rows, columns of patches
+
+    @classmethod
+    def from_pretrained(cls, vision, feature_layer=None):
+        """Opens an encoder: hub id, or local folder such as the vision/ of a run. Never runs remote code."""
+        return cls(*open_vision(vision), feature_layer)
+
+    def pixels(self, images):
+        """PIL pictures -> (B,3,H,W), with the encoder's own resizing, cropping and normalisation"""
+        return to_pixels(self.image_processor, images)
+
+    def features(self, pixels):
+        """pixels (B,3,H,W) -> (B,N',D_vision): patch tokens at `feature_layer`, before any final norm
+
+        No CLS, no registers; the encoder's tail is off, so its "last" layer is `feature_layer`."""
+        return self.vision(pixel_values=pixels).last_hidden_state[:, self.n_special:]
+
+    @property
+    def device(self):
+        return next(self.vision.parameters()).device
+
+
+class MLLM(Encoder):
+    """A vision encoder, a connector and an LLM. Make one with `from_pretrained` (parts) or `load` (a run directory)."""
+
+    def __init__(self, vision, image_processor, llm, tokenizer, feature_layer=None, pool=1, hidden=None):
+        super().__init__(vision, image_processor, feature_layer)
+        for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
+            if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
+                raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
+        check_branches(llm)
+        self.llm, self.tokenizer, self.pool, self.chat = llm, tokenizer, pool, Chat(tokenizer)
         if self.grid[0] % pool or self.grid[1] % pool:
             raise InputError(f"pool {pool} does not divide the encoder's grid "
                              f"of {self.grid[0]}x{self.grid[1]} patches; use pool 1")
         self.n_image = self.grid[0] * self.grid[1] // pool**2
         d_llm = llm.get_input_embeddings().weight.shape[1]
-        self.connector = Connector(vision.config.hidden_size, d_llm, pool)
+        self.connector = Connector(vision.config.hidden_size, d_llm, pool, hidden)
         self.chunk_functions = (chunk_logps, chunk_logits_gradient)
         for module in self.modules():  # PIVOT uses none, and DPO's policy must start equal to its reference
             for name in ("dropout", "attention_dropout", "dropout_prob", "drop_prob", "p"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
 
-    # ---- in and out -------------------------------------------------------------------------------------------------
+    # ---- in and out --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, vision, llm, feature_layer=-2, pool=1):
+    def from_pretrained(cls, vision, llm, feature_layer=None, pool=1, hidden=None):
         """Joins an encoder and an LLM (hub ids or local folders) by a fresh connector. Never runs remote code."""
-        def opened(loader, name, **how):
-            try:
-                return loader.from_pretrained(name, **how)
-            except OSError as error:
-                raise InputError(f"{name} cannot be opened: {str(error).splitlines()[0]}") from error
-
-        model_type = opened(AutoConfig, vision).model_type
-        if model_type not in VISION_FAMILIES:
-            raise InputError(f"{vision}: vision encoders of type '{model_type}' are not supported; "
-                             f"known types: {', '.join(sorted(VISION_FAMILIES))}")
-        family = VISION_FAMILIES[model_type][0]
-        extra = {"add_pooling_layer": False} if family is ViTModel else {}  # MAE and most ViTs have no weights for it
-        return cls(opened(family, vision, dtype=torch.float32, **extra), opened(AutoImageProcessor, vision),
-                   opened(AutoModelForCausalLM, llm, dtype=torch.float32), opened(AutoTokenizer, llm),
-                   feature_layer, pool)
+        return cls(*open_vision(vision), opened(AutoModelForCausalLM, llm, dtype=torch.float32),
+                   opened(AutoTokenizer, llm), feature_layer, pool, hidden)
 
     @classmethod
     def load(cls, run):
@@ -290,9 +330,11 @@ class MLLM(nn.Module):
             config = json.load(f)
         if config.get("format") != FORMAT:
             raise InputError(f"{config_file}: run format {config.get('format')}, this code reads {FORMAT}")
+        connector = load_file(os.path.join(run, "connector.safetensors"))
+        hidden = len(connector["up.weight"]) if "down.weight" in connector else 0
         model = cls.from_pretrained(os.path.join(run, "vision"), os.path.join(run, "llm"),
-                                    config["feature_layer"], config["pool"])
-        model.connector.load_state_dict(load_file(os.path.join(run, "connector.safetensors")))
+                                    config["feature_layer"], config["pool"], hidden)
+        model.connector.load_state_dict(connector)
         return model
 
     def write(self, folder, settings):
@@ -325,23 +367,11 @@ class MLLM(nn.Module):
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    # ---- seeing -----------------------------------------------------------------------------------------------------
-
-    def pixels(self, images):
-        """PIL pictures -> (B,3,H,W)"""
-        return to_pixels(self.image_processor, images)
-
-    def features(self, pixels):
-        """pixels (B,3,H,W) -> (B,N',D_vision): patch tokens at `feature_layer`, before any final norm
-
-        No CLS, no registers; the encoder's tail is off, so its "last" layer is `feature_layer`."""
-        return self.vision(pixel_values=pixels).last_hidden_state[:, self.n_special:]
-
     def image_tokens(self, pixels):
         """pixels (B,3,H,W) -> (B,N,D_llm): what the LLM reads"""
         return self.connector(self.features(pixels), self.grid)
 
-    # ---- reading ----------------------------------------------------------------------------------------------------
+    # ---- seeing and reading ------------------------------------------------------------------------------------------
 
     def splice(self, input_ids, image_tokens):
         """input_ids (S,T) with -1-n for image token n, image_tokens (I,N,D) -> input embeddings (S,T,D)"""
@@ -405,10 +435,6 @@ class MLLM(nn.Module):
             eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.pad_id,
             **{"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, **sampling})
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
-
-    @property
-    def device(self):
-        return self.connector.up.weight.device
 
     def parts(self):
         """The three parts by the names that flags and logs use"""

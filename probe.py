@@ -1,33 +1,33 @@
 """
-What does the vision encoder know? Detach it from each run, freeze it, and ask it directly.
+What does the vision encoder know? Detach it, freeze it, and ask it directly; several encoders side by side.
 
-    python probe.py runs/stage1 runs/sft runs/dpo --out runs/probe          the drawn world
+    python probe.py runs/stage1 runs/sft runs/dpo --out runs/probe                  the drawn world, every probe
+    python probe.py google/siglip2-so400m-patch16-384 runs/sft runs/dpo/vision --out runs/p \\
+        --classification timm/mini-imagenet                                         hub ids, runs, exported encoders
     python probe.py runs/stage1 runs/dpo --out runs/p --classification cifar/train cifar/test
-                                                                            folders with one folder a class
-    python probe.py runs/stage1 runs/dpo --out runs/p --segmentation images masks
-                                                                            pictures and label pictures of equal names
+                                                                                    folders with one folder a class
+    python probe.py runs/stage1 runs/dpo --out runs/p --segmentation images masks --void 11
+                                                                                    pictures and masks of equal names
 
-Probes 1 and 2 read `MLLM.features`, the patch tokens at the layer that the LLM reads, before the connector; 3 takes
-gradients one step later, at the image tokens that the connector hands to the LLM.
+Probes 1 and 2 read `features`, the patch tokens at the layer that the LLM reads (or, with --through_connector, what the
+connector makes of them); 4 and 5 read every layer up to it; 3 takes gradients at image tokens and pixels.
 
-1. classification: logistic regression on mean-pooled, standardised features.
-2. segmentation: logistic regression on single patch tokens, each labelled by the majority of its pixels;
-   mean IoU of patches.
-3. gradient maps: where in the picture does a loss look? The gradient of log p(chosen), which is what SFT follows, and
-   of log p(chosen) - log p(rejected), which is what DPO follows, with respect to the image tokens, L1 norm per token.
-   The picture is encoded once for both answers, so the gradient is summed over every use of it. Reported: the share of
-   gradient inside the box where the two answers differ, and how often the largest gradient lies in it (pointing game).
+1. classification: (a) logistic regression on standardised pooled features; (b) the nearest class prototype, the mean of
+   the normalised features of a class's *training* pictures (the paper's script takes test pictures for it).
+2. segmentation: patch tokens, each labelled by the majority of its pixels, void left out, read by a linear and by a
+   two-layer head (PIVOT: two layers, AdamW 1e-3, 5 epochs). Mean IoU, and the paper's recall, averaged over classes.
+3. gradient maps: where in the picture does a loss look? See maps.py.
+4. alignment with language: of the k = 10 pictures nearest to a picture, how many captions are among the 10 nearest to
+   its caption, in the eyes of an LLM? (Mutual k-NN of the platonic representation hypothesis, arXiv 2405.07987: mean
+   over tokens, clamped at the 95th percentile, best pair of layers.) Chance is k / (n - 1); choosing the best of many
+   pairs adds a little, so captions are also shuffled and the best pair chosen again.
+5. movement: how far did each layer's weights move from the first encoder's, |w - w0| / |w0|, and how alike is what they
+   say, by linear CKA (Kornblith et al. 2019)?
 
-On the maps of the paper (PIVOT, section 4.2): its pipeline encodes the picture once for each answer and draws the
-gradient at the *chosen* copy. By Eq. 1 that gradient is beta * sigmoid(-margin) * d log p(chosen), one number times the
-SFT gradient, and the map is rescaled to [0, 1] before it is drawn. So at equal weights the two maps are the same
-picture, and published differences come from weights that had moved apart. tests/test_probe.py checks this. The contrast
-between the two losses only shows when the rejected answer's use of the picture is counted too, as it is here.
-
-For 1 and 2 the strength of regularisation is chosen on a fifth of the training rows, all strengths in one pass over
-frozen features, and the test rows are read once. Scores are means over --seeds such splits, with a 95 % bootstrap
-interval over test pictures. A random encoder of the same shape is always the first row, and the first run is what the
-others are compared with.
+Regularisation of the logistic readers (1a, linear head of 2) is chosen on a fifth of the training rows; test rows are
+read once. Scores are means over --seeds such splits (for the two-layer head: initial weights and order), with a 95 %
+bootstrap interval over test pictures. A random encoder of the same shape is always there, drawn anew for each seed, and
+the first encoder is what the others are compared with.
 """
 import argparse
 import json
@@ -35,377 +35,324 @@ import os
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce
-from PIL import Image
+from einops import rearrange
 from tqdm import tqdm
 
+import alignment
 import common
 import data
+import features
+import figures
+import maps
+import scenes
+from features import Frozen, Pictures
 from model import MLLM, InputError
-from scenes import Scenes
+from readers import linear_probe, prototype_probe, two_layer_probe
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("runs", nargs="+", help="run directories; the first is the one the others are compared with")
+parser.add_argument("encoders", nargs="+",
+                    help="run directories, exported vision/ folders, hub ids; the others are compared with the first")
 parser.add_argument("--out", required=True, help="folder to write; must not exist")
-parser.add_argument("--classification", nargs="+", metavar="FOLDER",
-                    help="TRAIN [TEST] folders with one folder a class (default: the drawn world)")
-parser.add_argument("--segmentation", nargs="+", metavar="FOLDER",
-                    help="IMAGES MASKS [TEST_IMAGES TEST_MASKS] folders (default: the drawn world)")
+parser.add_argument("--world", choices=scenes.WORLDS, default="scenes", help="which drawn world, without own data")
+parser.add_argument("--classification", nargs="+", metavar="SOURCE",
+                    help="TRAIN [TEST] folders with one folder a class, or one hub id or parquet folder "
+                         "(default, if no other data is named: the shape of the red object, drawn world)")
+parser.add_argument("--segmentation", nargs="+", metavar="SOURCE",
+                    help="IMAGES MASKS [TEST_IMAGES TEST_MASKS] folders, or one hub id or parquet folder "
+                         "(default, if no other data is named: the drawn world)")
 parser.add_argument("--void", type=int, default=255, help="mask value of pixels that belong to no class")
 parser.add_argument("--maps",
                     help="pairs with boxes for the gradient maps: scenes/SPLIT/TASK or a .jsonl file "
-                         "(default: scenes/test/maps, unless own folders are probed)")
+                         "(default, if no other data is named: scenes/test/maps)")
+parser.add_argument("--captions",
+                    help="pictures with captions for the alignment: a .jsonl file, a parquet folder or a hub id such "
+                         "as minhuh/prh (default, if no other data is named: scenes/test/maps)")
+parser.add_argument("--llms", nargs="+",
+                    help="LLMs to align with: hub ids, folders, or runs, whose own LLM is meant "
+                         "(default: the first of the encoders that is a run)")
+parser.add_argument("--pool", choices=("mean", "cls", "attention"), default="mean",
+                    help="one vector a picture: mean of the patches, class token (CLIP, DINOv2, ViT), or SigLIP's head")
+parser.add_argument("--through_connector", action="store_true",
+                    help="read what the connector makes of the features, for 1 and 2 (run directories only)")
+parser.add_argument("--feature_layer", type=int,
+                    help="layer of encoders that do not say which, as an index of hidden_states (default: -2)")
 parser.add_argument("--n", type=int, default=2000,
-                    help="drawn pictures for classification; an eighth of it for segmentation, a fifth for maps")
-parser.add_argument("--seeds", type=int, default=3, help="splits of the training rows to average over")
+                    help="drawn pictures for classification; an eighth for segmentation, a fifth for captions, a tenth "
+                         "for maps. Of own captions: the first N")
+parser.add_argument("--seeds", type=int, default=3, help="probe seeds to average over")
+parser.add_argument("--max_patches", type=int, default=200_000,
+                    help="patches, drawn at random, that the linear segmentation head learns from at most")
+parser.add_argument("--beta", type=float, default=0.1, help="of the DPO loss in the gradient maps")
 parser.add_argument("--batch_size", type=int, default=128, help="pictures a forward pass")
-parser.add_argument("--seed", type=int, default=0, help="of the drawn world, the splits and the random encoder")
-STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]  # of the L2 penalty, relative to the mean cross-entropy
+parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 0,
+                    help="processes that decode pictures ahead (default: 8 on a GPU, else 0)")
+parser.add_argument("--cache",
+                    help="folder where features are kept for the next probe (default: features, beside --out)")
+parser.add_argument("--seed", type=int, default=0, help="of the drawn world, the random encoder and the bootstrap")
 
 
-# ---- features --------------------------------------------------------------------------------------------------------
-
-
-def random_encoder(model):
-    """The model with an encoder of the same shape and fresh weights: what a probe reads when nothing was learnt"""
-    vision = type(model.vision)(model.vision.config)
-    return MLLM(vision, model.image_processor, model.llm, model.tokenizer, model.feature_layer, model.pool)
-
-
-def squash(model, images):
-    """PIL pictures -> (B,3,H,W), resized without cropping, so that masks and boxes stay where they are"""
-    height, width = (side * model.vision.config.patch_size for side in model.grid)
-    resized = [image.convert("RGB").resize((width, height), Image.BICUBIC) for image in images]
-    no_crop = {"do_center_crop": False} if hasattr(model.image_processor, "do_center_crop") else {}
-    return model.image_processor(resized, do_resize=False, return_tensors="pt", **no_crop)["pixel_values"]
-
-
-@torch.no_grad()
-def extract(model, images, batch_size, pooled, desc):
-    """PIL pictures -> frozen features on the CPU: (n,D) means over patches if `pooled`, else (n,N,D)"""
-    features = []
-    for at in tqdm(range(0, len(images), batch_size), desc=desc):
-        x = model.features(squash(model, images[at:at + batch_size]).to(model.device)).float().cpu()
-        features.append(x.mean(1) if pooled else x)
-    return torch.cat(features)
-
-
-# ---- linear probes ---------------------------------------------------------------------------------------------------
-
-
-def fit_linear(x, y, n_classes, strengths=STRENGTHS):
-    """Logistic regression at every strength at once: x (n,D), y (n,) -> weights (S,D+1,C), the last row is the bias.
-
-    Minimises mean cross-entropy + strength * |W|^2 for each by L-BFGS; the heads share nothing,
-    so their sum has the same optimum."""
-    x = torch.cat([x, torch.ones(len(x), 1)], 1)                                        # (n,D+1)
-    penalty = torch.tensor(strengths)[:, None, None] * torch.ones(1, x.shape[1], 1)
-    penalty[:, -1] = 0                                                                  # the bias is free
-    weights = torch.zeros(len(strengths), x.shape[1], n_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        logits = torch.einsum("nd,sdc->snc", x, weights)
-        loss = F.cross_entropy(rearrange(logits, "s n c -> (s n) c"), y.repeat(len(strengths))) * len(strengths)
-        loss = loss + (penalty * weights**2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weights.detach()
-
-
-def linear_probe(train_x, train_y, test_x, n_classes, n_seeds, groups=None):
-    """-> predictions (n_seeds, n_test), each with the strength that was best on a held-out fifth of the training rows.
-
-    `groups` (n,) names the picture of each training row, so that patches of one picture are not split apart."""
-    mean, std = train_x.mean(0), train_x.std(0) + 1e-6                                  # statistics of train only
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    groups = torch.arange(len(train_x)) if groups is None else groups
-    predictions = []
-    for seed in range(n_seeds):
-        shuffled = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed))
-        held_out = torch.isin(groups, shuffled[:max(1, len(shuffled) // 5)])
-        weights = fit_linear(train_x[~held_out], train_y[~held_out], n_classes)         # (S,D+1,C)
-        classify = lambda x, w: (x @ w[..., :-1, :] + w[..., -1:, :]).argmax(-1)
-        accuracy = (classify(train_x[held_out], weights) == train_y[held_out]).float().mean(1)  # (S,)
-        predictions.append(classify(test_x, weights[accuracy.argmax()]))
-    return torch.stack(predictions)
+# ---- segmentation ----------------------------------------------------------------------------------------------------
 
 
 def patch_labels(mask, grid, patch, void):
     """Label of each patch = the commonest class of its pixels: mask (H,W) integers -> (N,),
     -1 where every pixel is void"""
     nearest = [((np.arange(n * patch) + .5) * side / (n * patch)).astype(int) for n, side in zip(grid, mask.shape)]
-    blocks = rearrange(mask[np.ix_(*nearest)], "(h p) (w q) -> (h w) (p q)", h=grid[0], w=grid[1])
-    counts = np.stack([(blocks == c).sum(1) * (c != void) for c in range(int(blocks.max()) + 1)], 1)    # (N,C)
+    blocks = rearrange(mask[np.ix_(*nearest)].astype(int), "(h p) (w q) -> (h w) (p q)", h=grid[0], w=grid[1])
+    N, C = len(blocks), max(int(blocks.max()), void) + 1
+    counts = np.bincount((np.arange(N)[:, None] * C + blocks).ravel(), minlength=N * C).reshape(N, C)
+    counts[:, void] = 0
     return np.where(counts.sum(1) > 0, counts.argmax(1), -1)
 
 
-def mean_iou(confusion):
-    """Confusion counts (C,C), rows true
-    -> mean of intersection over union over the classes that occur in truth or prediction"""
-    hit, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+def labels_of(masks, grid, patch, void):
+    """Pictures of labels -> (n,N)"""
+    return np.stack([patch_labels(masks.mask(i), grid, patch, void)
+                     for i in tqdm(range(len(masks)), desc="masks", leave=False)])
+
+
+def tally(true, predicted, n_classes):
+    """Labels (n,N), -1 = void, and predictions (n,N) -> (n,3,C): patches of each class that were hit, are of it, were
+    called it"""
+    counts = np.zeros((len(true), 3, n_classes), np.int64)
+    for i in range(len(true)):
+        t, p = true[i][true[i] >= 0], predicted[i][true[i] >= 0]
+        counts[i] = [np.bincount(x, minlength=n_classes) for x in (t[t == p], t, p)]
+    return counts
+
+
+def mean_iou(counts):
+    """tally (3,C) -> mean of intersection over union over the classes that occur in truth or prediction"""
+    hit, true, called = counts
+    union = true + called - hit
     return float((hit[union > 0] / union[union > 0]).mean())
 
 
-# ---- data of the probes ----------------------------------------------------------------------------------------------
+def macro_recall(counts):
+    """tally (3,C) -> mean over the classes that occur of the share of their patches that was found (the paper's)"""
+    hit, true, _ = counts
+    return float((hit[true > 0] / true[true > 0]).mean())
 
 
-def pictures_in(folder):
-    """Sorted picture files of a folder"""
-    if not os.path.isdir(folder):
-        raise SystemExit(f"{folder}: no such folder")
-    return sorted(name for name in os.listdir(folder)
-                  if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+mean = lambda values: float(np.mean(values))  # a statistic: values (seeds, pictures, ...) -> the number to report
 
 
-def open_picture(path):
-    try:
-        with Image.open(path) as image:
-            return image.copy()
-    except Exception as error:
-        raise SystemExit(f"picture {path} cannot be read ({error})") from None
+def classify_pictures(frozen, sets, args, n_seeds):
+    """-> {measure: (values (seeds,n), statistic)}"""
+    train, train_y, test, test_y, classes = sets
+    train_x, test_x = (frozen(pictures, args.pool) for pictures in (train, test))
+    device, values = frozen.encoder.device, {}
+    found = {"logistic": linear_probe(train_x, train_y, test_x, len(classes), n_seeds, device, k=5),
+             "prototype": prototype_probe(train_x, train_y, test_x, len(classes), device, k=5)[None]}
+    for name, best in found.items():                                                    # (seeds,n,5)
+        right = best == test_y[:, None]
+        values[f"{name} top-1"] = right[..., 0], mean
+        if len(classes) >= 10:
+            values[f"{name} top-5"] = right.any(-1), mean
+    return values
 
 
-def class_folders(folder, classes=None):
-    """FOLDER/class/picture -> pictures, labels (n,), class names"""
-    if not os.path.isdir(folder):
-        raise SystemExit(f"--classification {folder}: no such folder")
-    found = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
-    classes = classes or found
-    if not found:
-        raise SystemExit(f"--classification {folder}: it holds no class folders")
-    if unknown := sorted(set(found) - set(classes)):
-        raise SystemExit(f"--classification {folder}: classes {unknown} are not in the training folder")
-    images, labels = [], []
-    for name in found:
-        for file in pictures_in(os.path.join(folder, name)):
-            images.append(open_picture(os.path.join(folder, name, file)).convert("RGB"))
-            labels.append(classes.index(name))
-    return images, torch.tensor(labels), classes
+def segment_pictures(frozen, sets, args, n_seeds):
+    """-> {measure: (values (seeds,n,3,C), statistic)}, predictions of the first seed's two-layer head (n,N), truth"""
+    train, train_masks, test, test_masks = sets
+    patch = frozen.encoder.vision.config.patch_size * frozen.encoder.grid[0] // frozen.grid[0]
+    train_y, test_y = (labels_of(masks, frozen.grid, patch, args.void) for masks in (train_masks, test_masks))
+    train_x, test_x = (frozen(pictures, "patches") for pictures in (train, test))       # (n,N,D)
+    n_classes, device, flat = int(max(train_y.max(), test_y.max())) + 1, frozen.encoder.device, (-1, train_x.shape[2])
+    picture = np.arange(len(train_y)).repeat(train_y.shape[1])
+    linear = linear_probe(train_x.reshape(flat), train_y.reshape(-1), test_x.reshape(flat), n_classes, n_seeds,
+                          device, picture, args.max_patches)[..., 0].reshape(n_seeds, *test_y.shape)
+    two_layer = two_layer_probe(train_x, train_y, test_x, n_classes, n_seeds, device, frozen.name)
+    values = {}
+    for name, predicted in (("linear", linear), ("two-layer", two_layer)):
+        counts = np.stack([tally(test_y, p, n_classes) for p in predicted])             # (seeds,n,3,C)
+        values[f"{name} mIoU"] = counts, lambda v: mean([mean_iou(seed.sum(0)) for seed in v])
+        values[f"{name} recall"] = counts, lambda v: mean([macro_recall(seed.sum(0)) for seed in v])
+    return values, two_layer[0], test_y
 
 
-def hold_out_third(*lists):
-    """Every third item is for testing -> (train lists), (test lists)"""
-    pick = lambda x, test: [v for i, v in enumerate(x) if (i % 3 == 2) == test]
-    return [pick(x, False) for x in lists], [pick(x, True) for x in lists]
+def map_values(scores):
+    """What map_scores found -> {measure: (values (1,n) or (1,n,2), statistic)}
+
+    A share of energy is the mean of the pictures' shares; of a loss it is taken of all pictures' gradients together, as
+    a batch adds them up: pair by pair a loss has the map of its objective."""
+    together, values = (lambda v: float(v[..., 0].sum() / v[..., 1].sum())), {}
+    for name, v in scores.items():
+        if not name.startswith("energy"):
+            values[name] = v[None], mean
+        elif "loss" in name:
+            values[name] = v[None], together
+        else:
+            values[name] = (v[:, 0] / v[:, 1].clip(1e-30))[None], mean
+    return values
 
 
-def classification_data(args):
-    """-> train pictures, train labels, test pictures, test labels, number of classes"""
-    if not args.classification:
-        train, test = ([rows[i] for i in range(len(rows))] for rows in
-                       (Scenes("train", args.n, "red", args.seed), Scenes("test", args.n // 2, "red", args.seed)))
-        unpack = lambda rows: ([r["image"] for r in rows], torch.tensor([r["label"] for r in rows]))
-        return *unpack(train), *unpack(test), 6
-    images, labels, classes = class_folders(args.classification[0])
-    if len(args.classification) > 1:
-        test_images, test_labels, _ = class_folders(args.classification[1], classes)
-    else:
-        (images, labels), (test_images, test_labels) = hold_out_third(images, labels.tolist())
-        labels, test_labels = torch.tensor(labels), torch.tensor(test_labels)
-    return images, labels, test_images, test_labels, len(classes)
+def summarise(table, first, seed):
+    """{row: {measure: (values (seeds, pictures, ...), statistic)}}
+    -> {row: {measure: {"value": [mean, low, high], "vs_first": [...] or None, "per_seed": [...]}}}"""
+    interval = lambda number, draws: [number, *np.quantile(draws, [.025, .975]).tolist()]
+    boot = {(row, measure): common.bootstrap(lambda draw: statistic(v[:, draw]), v.shape[1], seed)
+            for row, measures in table.items() for measure, (v, statistic) in measures.items()}
+    result = {row: {} for row in table}
+    for (row, measure), draws in boot.items():
+        v, statistic = table[row][measure]
+        cell = result[row][measure] = {"value": interval(statistic(v), draws), "vs_first": None,
+                                       "per_seed": [statistic(one[None]) for one in v]}
+        if measure in table[first] and row != first:                                    # the same draws: paired
+            difference = statistic(v) - statistic(table[first][measure][0])
+            cell["vs_first"] = interval(difference, draws - boot[first, measure])
+    return result
 
 
-def mask_folders(images, masks):
-    """Two folders with files of the same names (endings may differ) -> pictures, masks (H,W)"""
-    stems = {os.path.splitext(name)[0]: name for name in pictures_in(masks)}
-    pictures, arrays = [], []
-    for name in pictures_in(images):
-        if os.path.splitext(name)[0] not in stems:
-            raise SystemExit(f"{os.path.join(images, name)} has no mask in {masks}")
-        mask = np.array(open_picture(os.path.join(masks, stems[os.path.splitext(name)[0]])))
-        if mask.ndim != 2:
-            raise SystemExit(f"{os.path.join(masks, stems[os.path.splitext(name)[0]])} is not a label picture: "
-                             f"it has {mask.shape[2]} channels")
-        pictures.append(open_picture(os.path.join(images, name)).convert("RGB"))
-        arrays.append(mask)
-    return pictures, arrays
+def print_result(result, first):
+    """Two tables for the probes and two for the maps: values, and differences to the first encoder"""
+    measures = list(dict.fromkeys(measure for cells in result.values() for measure in cells))
+    of_maps = [m for m in measures if m.split("_")[0] in ("energy", "point", "area", "centre")]
+    for title, shown in (("probes", [m for m in measures if m not in of_maps]), ("gradient maps", of_maps)):
+        for key, heading in (("value", f"{title}, % [95 % interval over test pictures]"),
+                             ("vs_first", f"{title}, difference to {first}, picture by picture [95 % interval]")):
+            text = lambda cell: common.percent(cell[key], sign=key != "value") if cell and cell[key] else ""
+            if key == "vs_first":
+                shown = [m for m in shown if not m.endswith(("_pixels", "_input", "area", "centre", "shuffled"))]
+            lines = [[row, *(text(cells.get(m)) for m in shown)] for row, cells in result.items()]
+            lines = [line for line in lines if any(line[1:])]
+            if lines:
+                common.print_table(heading, ["", *shown], lines)
 
 
-def segmentation_data(args):
-    """-> (train pictures, train masks), (test pictures, test masks)"""
-    if not args.segmentation:
-        unpack = lambda rows: ([rows[i]["image"] for i in range(len(rows))],
-                               [rows[i]["mask"] for i in range(len(rows))])
-        return tuple(unpack(Scenes(split, max(2, args.n // 8), "vqa", args.seed)) for split in ("train", "test"))
-    if len(args.segmentation) not in (2, 4):
-        raise SystemExit("--segmentation takes IMAGES MASKS, or IMAGES MASKS TEST_IMAGES TEST_MASKS")
-    if len(args.segmentation) == 4:
-        return mask_folders(*args.segmentation[:2]), mask_folders(*args.segmentation[2:])
-    return hold_out_third(*mask_folders(*args.segmentation))
-
-
-# ---- gradient maps ---------------------------------------------------------------------------------------------------
-
-
-def gradient_maps(model, batch):
-    """For pairs (responses 2i chosen, 2i+1 rejected of picture i) -> {"chosen": (I,N), "difference": (I,N)},
-    L1 norms per image token"""
-    tokens = model.image_tokens(batch.pixels).detach().requires_grad_()                # (I,N,D): one copy a picture
-    chosen, rejected = rearrange(batch.per_response(model.response_logps(batch, tokens)), "(i two) -> two i", two=2)
-    maps = {}
-    for name, objective in {"chosen": chosen, "difference": chosen - rejected}.items():
-        gradient, = torch.autograd.grad(objective.sum(), tokens, retain_graph=True)    # pictures do not mix in the sum
-        maps[name] = reduce(gradient.abs(), "i n d -> i n", "sum")
-    return maps
-
-
-def box_cover(box, size, grid):
-    """How much of each token's cell lies in the box:
-    box (x0,y0,x1,y1) and size (W,H) in pixels, grid (rows, columns) -> (N,) in [0,1]"""
-    (x0, y0, x1, y1), (W, H), (rows, columns) = box, size, grid
-    overlap = lambda low, high, n, extent: np.clip(
-        np.minimum(high * n / extent, np.arange(n) + 1) - np.maximum(low * n / extent, np.arange(n)), 0, 1)
-    return np.outer(overlap(y0, y1, rows, H), overlap(x0, x1, columns, W)).reshape(-1)
-
-
-def points_at(gradient, box, size, grid):
-    """Pointing game: does the middle of the token with the largest gradient lie in the box?"""
-    row, column = divmod(int(np.argmax(gradient)), grid[1])
-    x, y = (column + .5) * size[0] / grid[1], (row + .5) * size[1] / grid[0]
-    return float(box[0] <= x < box[2] and box[1] <= y < box[3])
-
-
-def map_scores(model, collator, records, batch_size, desc):
-    """-> {"energy_chosen": (I,), "energy_difference", "point_chosen", "point_difference", "area": the box's share},
-    maps of all pictures"""
-    grid = tuple(side // model.pool for side in model.grid)
-    maps, scores = {"chosen": [], "difference": []}, {}
-    for at in tqdm(range(0, len(records), batch_size), desc=desc):
-        chunk = range(at, min(at + batch_size, len(records)))
-        batch, dropped = collator([[i] for i in chunk])
-        if dropped:
-            raise InputError(dropped[0])
-        batch.pixels = squash(model, [records[i]["image"] for i in chunk])        # no crop: boxes stay in place
-        for name, value in gradient_maps(model, batch.to(model.device)).items():
-            maps[name] += list(value.float().cpu().numpy())
-    for i, record in enumerate(records):
-        box, size = record["box"], record["image"].size
-        cover = box_cover(box, size, grid)
-        scores.setdefault("area", []).append(cover.mean())
-        scores.setdefault("point_centre", []).append(
-            float(box[0] <= size[0] / 2 < box[2] and box[1] <= size[1] / 2 < box[3]))
-        for name in maps:
-            scores.setdefault(f"energy_{name}", []).append(float((maps[name][i] * cover).sum() / maps[name][i].sum()))
-            scores.setdefault(f"point_{name}", []).append(points_at(maps[name][i], box, size, grid))
-    return {name: np.array(values) for name, values in scores.items()}, maps
-
-
-def draw_maps(path, records, maps, grid, title, n=8):
-    """Contact sheet: each picture with its box, then both maps laid over it"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    n = min(n, len(records))
-    figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 4.9), squeeze=False)
-    for i in range(n):
-        image, (x0, y0, x1, y1) = records[i]["image"], records[i]["box"]
-        for row, name in enumerate((None, "chosen", "difference")):
-            axis = axes[row][i]
-            axis.imshow(image, extent=(0, image.width, image.height, 0))
-            if name:
-                axis.imshow(maps[name][i].reshape(grid), extent=(0, image.width, image.height, 0),
-                            cmap="jet", alpha=.55, interpolation="nearest")
-            axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1.2))
-            axis.set_xticks([]), axis.set_yticks([])
-    for row, text in enumerate(("picture", "log p(chosen)\n(SFT's gradient)", "chosen - rejected\n(DPO's gradient)")):
-        axes[row][0].set_ylabel(text, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def parent_of(run):
+    """The run that a run was trained from, as a path, or None"""
+    with open(os.path.join(run, "config.json")) as f:
+        parent = json.load(f).get("parent")
+    return parent and os.path.realpath(parent)
 
 
 def main():
     args = parser.parse_args()
     common.check_out(args.out)
-    device, autocast = common.setup(args.seed)
-    own = bool(args.classification or args.segmentation)
-    todo = {"classification": not own or bool(args.classification), "segmentation": not own or bool(args.segmentation),
-            "maps": bool(args.maps) or not own}
-    classification = classification_data(args) if todo["classification"] else None
-    segmentation = segmentation_data(args) if todo["segmentation"] else None
-    n_maps = None if args.maps else max(1, args.n // 5)
-    pairs = data.load(args.maps or "scenes/test/maps", "pairs", n_maps, args.seed) if todo["maps"] else None
-    records = [pairs[i] for i in range(len(pairs))] if pairs else []
+    device, autocast = common.setup(args.seed, "highest")                               # line searches mind rounding
+    names, runs = common.names(args.encoders), [source for source in args.encoders if features.is_run(source)]
+    cache = args.cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "features")
+    first, drawn = names[0], not (args.classification or args.segmentation or args.maps or args.captions)
+    llms = args.llms or runs[:1]
+    if args.through_connector and len(runs) < len(names):
+        raise InputError("--through_connector: only run directories have a connector; leave other encoders out")
+    if args.maps and not runs:
+        raise InputError("--maps: only run directories have an LLM, and none is named")
+    if args.captions and not llms:
+        raise InputError("--captions: name the LLMs to align with by --llms")
+
+    # ---- what to ask: the sets that were named, or all of the drawn world
+    classification = features.classification_data(args.classification, args.n, args.seed, args.world) \
+        if args.classification or drawn else None
+    segmentation = features.segmentation_data(args.segmentation, args.n, args.seed, args.world) \
+        if args.segmentation or drawn else None
+    own_world = f"{args.world}/test/maps"
+    asked, wanted = args.maps or own_world, bool(args.maps or drawn and runs)
+    n_pairs = max(1, args.n // 10) if data.is_drawn(asked) else None
+    pairs = data.load(asked, "pairs", n_pairs, args.seed) if wanted else []
+    records = [pairs[i] for i in range(len(pairs))]
     if any(not record.get("box") for record in records):
-        raise SystemExit(f"--maps {args.maps}: every row needs a 'box' (x0, y0, x1, y1 in pixels)")
+        raise InputError(f"--maps {args.maps}: every row needs a 'box' (x0, y0, x1, y1 in pixels)")
+    asked, wanted = args.captions or own_world, bool(args.captions or drawn and llms)
+    n_captions = max(4 * alignment.K, args.n // 5) if data.is_drawn(asked) else args.n
+    captions = data.load(asked, "captions", n_captions, args.seed) if wanted else []
+    if captions and len(captions) <= alignment.K + 1:
+        raise InputError(f"--captions {args.captions}: {len(captions)} rows are too few for {alignment.K} neighbours")
+    texts = [captions[i]["caption"] for i in range(len(captions))]
+    to_words = {name: alignment.neighbours(alignment.text_features(llm, texts, device, autocast))
+                for name, llm in zip(common.names(llms), llms)} if texts else {}
+    any_pictures = next(p for p in (classification and classification[2], segmentation and segmentation[2],
+                                    Pictures(captions or pairs)) if p)
 
-    table = {}  # {row: {measure: values over test pictures}}
+    # ---- encoder by encoder
+    rows = [(name, source, None) for name, source in zip(names, args.encoders)]         # of a random one: which draw
+    table, predictions, layer_pairs, movement, margins_of = {}, {}, {}, {}, {}
+    shapes, start = [], None
     with common.whole_folder(args.out) as folder:
-        for name, run in {"random": None, **dict(zip(common.names(args.runs), args.runs))}.items():
-            model = (MLLM.load(run) if run else random_encoder(MLLM.load(args.runs[0]))).to(device).eval()
-            values = table[name] = {}
-            with autocast():
-                if classification:
-                    train_images, train_y, test_images, test_y, n_classes = classification
-                    train_x, test_x = (extract(model, x, args.batch_size, True, f"{name} classification")
-                                       for x in (train_images, test_images))
-                    values["classification"] = (linear_probe(train_x, train_y, test_x, n_classes, args.seeds)
-                                                == test_y).float().numpy()              # (seeds, n)
-                if segmentation:
-                    values["mIoU"] = segment(model, segmentation, args, name)           # (seeds, n, C, C)
-                if records and run:                                                     # no LLM reads a random encoder
-                    collator = data.Collator(pairs, model, ("chosen", "rejected"))
-                    scores, maps = map_scores(model, collator, records, args.batch_size, f"{name} maps")
-                    values.update({k: v[None] for k, v in scores.items()})
-                    grid = tuple(side // model.pool for side in model.grid)
-                    draw_maps(os.path.join(folder, f"maps_{name}.png"), records, maps, grid,
-                              f"gradient maps at the weights of {name}; box: where the answers differ")
-        result = summarise(table, args.seed)
+        for name, source, draw in rows:                                                 # grows: random ones come last
+            encoder = features.open_encoder(source, args.feature_layer)
+            shape, n_seeds = features.shape_of(encoder), args.seeds
+            if draw is not None:
+                encoder, n_seeds = features.random_like(encoder, args.seed * args.seeds + draw), 1
+            elif shape not in shapes:
+                rows += [(f"random_{name}" if shapes else "random", source, i) for i in range(args.seeds)]
+                shapes.append(shape)
+            encoder.to(device).eval()
+            frozen = Frozen(encoder, name, cache, args.batch_size, args.workers, autocast, args.through_connector)
+            values = {}
+            if classification:
+                values.update(classify_pictures(frozen, classification, args, n_seeds))
+            if segmentation:
+                found, predicted, true = segment_pictures(frozen, segmentation, args, n_seeds)
+                if start and frozen.grid != start["grid"]:                              # other patches, other truth
+                    found = {f"{m}, {frozen.grid[0]}x{frozen.grid[1]} patches": v for m, v in found.items()}
+                values.update(found)
+                predictions[name] = (predicted, true, frozen.grid)
+            if texts:
+                by_layer = alignment.neighbours(torch.from_numpy(np.array(frozen(Pictures(captions), "layers"))))
+                for llm, words in to_words.items():
+                    found, layer_pairs[f"{name}, {llm}"] = alignment.alignment(by_layer, words)
+                    values.update({f"alignment {llm}, {which}": (v, mean) for which, v in found.items()})
+            if records and isinstance(encoder, MLLM) and draw is None:                  # no LLM reads a random encoder
+                reference = margins_of.get(parent_of(source))                           # else the run is its own
+                scores, drawn_maps, margins_of[os.path.realpath(source)] = maps.map_scores(
+                    encoder, data.Collator(pairs, encoder, ("chosen", "rejected")), records,
+                    max(1, args.batch_size // 8), autocast, f"{name} maps", reference, args.beta)
+                values.update(map_values(scores))
+                figures.draw_maps(os.path.join(folder, f"maps_{name}.png"), records, drawn_maps, name)
+            earlier = table.get(name, {})                                               # draws of a random one
+            table[name] = {m: (np.concatenate([earlier[m][0], v]) if m in earlier else v, statistic)
+                           for m, (v, statistic) in values.items()}
+            state = {key: value.cpu() for key, value in encoder.vision.state_dict().items()}
+            tokens = alignment.sample_layers(frozen, any_pictures, seed=args.seed)
+            start = start or {"state": state, "tokens": tokens, "shape": shape, "grid": frozen.grid,
+                              "patches": encoder.grid}
+            movement[name] = {
+                "drift": alignment.layer_drift(start["state"], state, len(tokens)) if shape == start["shape"] else None,
+                "cka": alignment.linear_cka(start["tokens"], tokens, device)
+                if encoder.grid == start["patches"] else None}
+
+        table = {name: table[name] for name, _, _ in sorted(rows, key=lambda row: row[2] is None)}  # random ones first
+        result, guess = summarise(table, first, args.seed), chance(classification, captions)
         with open(os.path.join(folder, "results.json"), "w") as f:
-            json.dump({"args": vars(args), "versions": common.versions(), "table": result}, f, indent=1)
-    measures = [m for m in result[common.names(args.runs)[0]]]
-    lines = [[name, *(common.percent(cells[m]["value"]) if m in cells else "" for m in measures)]
-             for name, cells in result.items()]
-    common.print_table(f"probes, % [95 % interval over test pictures], means over {args.seeds} probe seeds",
-                       ["", *measures], lines)
-    first, *others = common.names(args.runs)
-    lines = [[name, *(common.percent(result[name][m]["vs_first"], sign=True) for m in measures)] for name in others]
-    if lines:
-        common.print_table(f"difference to {first}, picture by picture [95 % interval]", ["", *measures], lines)
-    print(f"wrote {args.out}/results.json" + (" and a contact sheet of gradient maps for each run" if records else ""))
+            json.dump({"args": vars(args), "versions": common.versions(), "table": result, "movement": movement,
+                       "alignment_layers": layer_pairs, "chance": guess}, f, indent=1)
+        if any(result.values()):
+            figures.draw_bars(os.path.join(folder, "probe.png"), result, guess)
+        figures.draw_movement(os.path.join(folder, "movement.png"), movement, first)
+        if segmentation:
+            figures.draw_segmentation(os.path.join(folder, "segmentation.png"), segmentation[2],
+                                      {name: predictions[name] for name in table})
+    print_result(result, first)
+    print_movement(movement, first)
+    if guess:
+        print(f"\nchance, %: {', '.join(f'{measure} {100 * value:.1f}' for measure, value in guess.items())}")
+    print(f"wrote {args.out}: results.json, probe.png, movement.png" + ", segmentation.png" * bool(segmentation)
+          + ", maps_*.png" * bool(records))
 
 
-def segment(model, segmentation, args, name):
-    """-> confusion counts (seeds, n_test, C, C) of the patches of every test picture"""
-    (train_images, train_masks), (test_images, test_masks) = segmentation
-    label = lambda masks: torch.from_numpy(np.stack([
-        patch_labels(m, model.grid, model.vision.config.patch_size, args.void) for m in masks]))
-    train_y, test_y = label(train_masks), label(test_masks)                            # (n,N)
-    train_x, test_x = (extract(model, x, args.batch_size, False, f"{name} segmentation")
-                       for x in (train_images, test_images))
-    picture = torch.arange(len(train_y))[:, None].expand_as(train_y)
-    known, n_classes = train_y >= 0, int(max(train_y.max(), test_y.max())) + 1
-    predictions = linear_probe(train_x[known], train_y[known], rearrange(test_x, "n p d -> (n p) d"),
-                               n_classes, args.seeds, picture[known])
-    confusions = np.zeros((args.seeds, len(test_y), n_classes, n_classes), np.int32)
-    for seed in range(args.seeds):
-        for i, (true, predicted) in enumerate(zip(test_y, predictions[seed].reshape(test_y.shape))):
-            np.add.at(confusions[seed, i], (true[true >= 0], predicted[true >= 0]), 1)
-    return confusions
+def chance(classification, captions):
+    """What guessing would reach: the commonest class, the five commonest; k / (n - 1) for neighbours, of any one pair
+    of layers"""
+    found = {}
+    if classification:
+        shares = np.sort(np.bincount(classification[3]) / len(classification[3]))[::-1]
+        found = {"top-1": float(shares[0]), "top-5": float(shares[:5].sum())}
+    return found | ({"alignment": alignment.K / (len(captions) - 1)} if len(captions) else {})
 
 
-def summarise(table, seed):
-    """{row: {measure: values (seeds, pictures, ...)}}
-    -> {row: {measure: {"value": [mean, low, high], "vs_first": [...], "seed_sd"}}}"""
-    first, result = list(table)[1], {}
-    for row, values in table.items():
-        result[row] = {}
-        for measure, v in values.items():
-            statistic = (lambda x: np.mean([mean_iou(s.sum(0)) for s in x])) if measure == "mIoU" else np.mean
-            reference = table[first][measure]
-            boot, boot_first = (common.bootstrap(lambda d, x=x: statistic(x[:, d]), v.shape[1], seed)
-                                for x in (v, reference))  # same draws
-            interval = lambda mean, b: [float(mean), *np.quantile(b, [.025, .975]).tolist()]
-            result[row][measure] = {"value": interval(statistic(v), boot),
-                                    "vs_first": interval(statistic(v) - statistic(reference), boot - boot_first),
-                                    "seed_sd": float(np.std([statistic(v[s:s + 1]) for s in range(len(v))]))}
-    return result
+def print_movement(movement, first):
+    """Relative drift of weights and CKA of equal layers, a column an encoder"""
+    depth = max(len(m["cka"] or ()) for m in movement.values())
+    lines = [[name, *(f"{x:.4f}" for x in m["drift"] or [""] * (depth + 1) if x != ""),
+              *(f"{m['cka'][i][i]:.4f}" if m["cka"] and i < len(m["cka"][i]) else "" for i in range(depth))]
+             for name, m in movement.items()]
+    layers = range(1, depth + 1)
+    common.print_table(f"movement from {first}: relative drift of weights, linear CKA of patch tokens", [
+        "", "drift, embeddings", *(f"drift, layer {i}" for i in layers), *(f"CKA, layer {i}" for i in layers)], lines)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 The study in one table and one picture: what probe.py and eval_vqa.py found for every arm and seed.
 
     python report.py runs/seed0 runs/seed1 runs/seed2 --out runs        after speedrun.sh (which calls this)
+    python report.py runs/transplant/seed0 --transplant --out runs/transplant       after transplant.sh (likewise)
 
-Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of SEED/sft and SEED/dpo; writes OUT/report.json,
-OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from
-one seed no difference between arms is claimed, because training again with another seed moves every number.
+Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of SEED/sft and SEED/dpo; of a transplant,
+SEED/vqa/results.json and the FLOPs in config.json of its runs. Writes OUT/report.json and OUT/report.png. Rows are
+means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from one seed no difference
+between arms is claimed, because training again with another seed moves every number.
 """
 import argparse
 import json
@@ -18,6 +20,7 @@ import common
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("seeds", nargs="+", help="one folder a seed, each with stage1, more, sft, dpo, probe, vqa and swap")
 parser.add_argument("--out", required=True, help="folder for report.json and report.png")
+parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")
 
 ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT", "dpo": "DPO"}
 MEASURES = {  # key -> (heading, file, path inside its table)
@@ -27,14 +30,23 @@ MEASURES = {  # key -> (heading, file, path inside its table)
     "knowledge_decoded": ("knowledge questions, as decoded", "vqa", ("knowledge", "decoded")),
     "knowledge": ("knowledge questions, restricted", "vqa", ("knowledge", "restricted")),
     "blind": ("vision questions, restricted, grey picture", "vqa", ("vision-centric", "blind_score")),
-    "classification": ("probe: shape of the red object", "probe", ("classification", "value")),
-    "mIoU": ("probe: patches, mean IoU", "probe", ("mIoU", "value")),
+    "classification": ("probe: shape of the red object", "probe", ("logistic top-1", "value")),
+    "mIoU": ("probe: patches, linear head, mean IoU", "probe", ("linear mIoU", "value")),
+    "mIoU_two_layer": ("probe: patches, two-layer head, mean IoU", "probe", ("two-layer mIoU", "value")),
+    "alignment": ("alignment with stage 1's LLM, read layer", "probe", ("alignment stage1, read layer", "value")),
     "area": ("gradient in box, were it spread evenly", "probe", ("area", "value")),
-    "energy_chosen": ("gradient in box, log p(chosen)", "probe", ("energy_chosen", "value")),
-    "energy_difference": ("gradient in box, chosen - rejected", "probe", ("energy_difference", "value")),
-    "point_chosen": ("pointing game, log p(chosen)", "probe", ("point_chosen", "value")),
-    "point_difference": ("pointing game, chosen - rejected", "probe", ("point_difference", "value")),
+    "energy_chosen": ("gradient in box, log p(chosen)", "probe", ("energy_chosen_tokens", "value")),
+    "energy_difference": ("gradient in box, chosen - rejected", "probe", ("energy_difference_tokens", "value")),
+    "point_chosen": ("pointing game, log p(chosen)", "probe", ("point_chosen_tokens", "value")),
+    "point_difference": ("pointing game, chosen - rejected", "probe", ("point_difference_tokens", "value")),
 }
+ENCODERS = {"random": "random", "start": "start", "more": "start trained on", "sft": "+ SFT", "dpo": "+ DPO",
+            "large": "larger, no post-training"}  # rows of the transplant; its columns:
+CONNECTORS = {"linear": "linear connector", "mlp": "MLP connector", "1+1": "MLP, first layer kept"}
+ASKED = {"vision-centric": "vision questions", "shape": "shape questions"}
+PROBED = {"logistic top-1": "probe: shape of the red object", "two-layer mIoU": "probe: patches, two-layer head, mIoU"}
+COLUMNS = {(c, kind): f"{ASKED[kind]}, {CONNECTORS[c]}" for c in CONNECTORS for kind in ASKED} | \
+    {("probe", measure): heading for measure, heading in PROBED.items()}
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
@@ -100,7 +112,8 @@ def sentences(result, n_seeds):
     if rows["restricted"]["stage1"]["mean"] < .9:
         text.append("Stage 1 stopped before it had learnt all it could; "
                     "STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh trains it for longer.")
-    open_questions = [MEASURES[m][0] for m in ("restricted", "swap", "knowledge", "classification", "mIoU")
+    open_questions = [MEASURES[m][0] for m in ("restricted", "swap", "knowledge", "classification", "mIoU",
+                                               "mIoU_two_layer", "alignment")
                       if diff[m]["low"] is None or diff[m]["low"] <= 0 <= diff[m]["high"]]
     if n_seeds == 1:
         text.append("DPO minus SFT on every other row: n = 1: not resolved. "
@@ -128,7 +141,7 @@ def draw(path, result, seeds, text):
     grid = figure.add_gridspec(4, 4, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
     colors = dict(zip(ARMS, ("0.6", "black", "tab:gray", "tab:orange", "tab:blue")))
 
-    for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU")):
+    for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU_two_layer")):
         axis = figure.add_subplot(grid[0, column])
         for x, arm in enumerate(ARMS):
             if arm in result["rows"][measure]:
@@ -141,7 +154,7 @@ def draw(path, result, seeds, text):
         axis.set_ylim(0, 100)
 
     axis = figure.add_subplot(grid[1, :2])
-    shown = ("restricted", "swap", "classification", "mIoU")
+    shown = ("restricted", "swap", "classification", "mIoU_two_layer")
     for offset, (pair, color) in enumerate((("sft - stage1", "tab:orange"), ("dpo - stage1", "tab:blue"),
                                             ("dpo - sft", "black"))):
         for y, measure in enumerate(shown):
@@ -183,8 +196,82 @@ def draw(path, result, seeds, text):
     plt.close(figure)
 
 
+# ---- the transplant --------------------------------------------------------------------------------------------------
+
+
+def read_transplant(seed):
+    """One seed's folder -> {(encoder, *column): share right among candidates, or a probe's score}, {run: FLOPs}"""
+    tables = {}
+    for file in ("vqa", "probe"):
+        with open(os.path.join(seed, file, "results.json")) as f:
+            tables[file] = json.load(f)["table"]
+    values = {(*row.split("."), kind): cells[kind]["restricted"][0]
+              for row, cells in tables["vqa"].items() for kind in ASKED}
+    values |= {(row, "probe", measure): cells[measure]["value"][0]
+               for row, cells in tables["probe"].items() for measure in PROBED}
+    flops = {}
+    for run in ("start", "more", "sft", "dpo", "large", "start.linear"):
+        with open(os.path.join(seed, run, "config.json")) as f:
+            flops[run] = json.load(f)["flops"]
+    return values, flops
+
+
+def report_transplant(seeds, out):
+    """Table, report.json and picture of a transplant; differences to the start are paired within a seed"""
+    found, flops = zip(*map(read_transplant, seeds))
+    values = {key: [seed[key] for seed in found] for key in found[0]}
+    cost = {run: float(np.mean([seed[run] for seed in flops])) for run in flops[0]}
+    lines, result = {encoder: [name] for encoder, name in ENCODERS.items()}, {}
+    for key in COLUMNS:
+        for encoder, line in lines.items():
+            v = values.get((encoder, *key))
+            if v:
+                d = paired(v, values["start", *key])
+                result[", ".join((encoder, *key))] = {"mean": float(np.mean(v)), "per_seed": v, "minus_start": d}
+            line += [f"{100 * np.mean(v):.1f}", difference_text(d) if encoder != "start" else ""] if v else ["", ""]
+    common.print_table("a fresh LLM reads each frozen encoder: % right among candidates, and difference to start "
+                       f"[95 %]; {len(seeds)} seed(s)",
+                       ["", *(cell for heading in COLUMNS.values() for cell in (heading, "    minus start"))],
+                       lines.values())
+    text = [f"{name}: {cost[run]:.3g} FLOPs, {100 * cost[run] / cost['start']:.2g} % of what trained the start"
+            for run, name in (("start", "stage 1 of the start"), ("large", "stage 1 of the larger encoder"),
+                              ("more", "training on"), ("sft", "SFT"), ("dpo", "DPO, its reference apart"),
+                              ("start.linear", "a fresh LLM on a frozen encoder"))]
+    print("\n" + "\n".join(text))
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "report.json.tmp"), "w") as f:
+        json.dump({"seeds": seeds, "versions": common.versions(), "rows": result, "flops": cost, "text": text},
+                  f, indent=1)
+    os.replace(f.name, os.path.join(out, "report.json"))
+    draw_transplant(os.path.join(out, "report.png"), values)
+    print(f"wrote {out}/report.json and {out}/report.png")
+
+
+def draw_transplant(path, values):
+    """A panel a connector and kind of question, or a probe; a column an encoder, a dot a seed"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, len(COLUMNS) // 2, figsize=(2 * len(COLUMNS), 6), layout="constrained")
+    for axis, (key, heading) in zip(axes.T.flat, COLUMNS.items()):
+        for x, encoder in enumerate(ENCODERS):
+            v = 100 * np.array(values.get((encoder, *key), []))
+            if len(v):
+                axis.plot([x - .3, x + .3], [v.mean()] * 2, color=f"C{x}", linewidth=2)
+                axis.scatter([x] * len(v), v, color=f"C{x}", s=18, zorder=3)
+        axis.set_xticks(range(len(ENCODERS)), [name.replace(" ", "\n") for name in ENCODERS.values()], fontsize=6.5)
+        axis.set_title(heading, fontsize=9)
+        axis.set_ylim(0, 103)
+        axis.set_ylabel("%" if key[0] == "probe" else "% right among candidates", fontsize=8)
+    figure.suptitle("the transplant: a fresh LLM learns to read each frozen encoder (dots: seeds)", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main():
     args = parser.parse_args()
+    if args.transplant:
+        return report_transplant(args.seeds, args.out)
     result = summarise(args.seeds)
     result["text"] = sentences(result, len(args.seeds))
     arms = [arm for arm in ARMS if any(arm in rows for rows in result["rows"].values())]

@@ -28,6 +28,7 @@ COLORS = {"red": (255, 85, 80), "green": (80, 255, 85), "blue": (85, 80, 255),  
           "yellow": (195, 195, 30), "purple": (195, 30, 195), "cyan": (30, 195, 195)}
 PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+WORLDS = {"scenes": .05, "noisy": .5}    # pixel noise; in the noisy one an encoder that has learnt nothing is no use
 SPLITS = {"train": range(0, 80), "tune": range(80, 90), "test": range(90, 100)}  # per cent of all layouts
 SHORT_KINDS = ["color", "shape", "place"]  # each asks one attribute of one object
 VISION_KINDS = SHORT_KINDS + ["relation", "count", "existence"]
@@ -62,8 +63,9 @@ def shape_mask(shape, radius=5):
             "ring": (x**2 + y**2 <= radius**2) & (x**2 + y**2 >= (radius - 2.5)**2)}[shape]
 
 
-def draw_picture(rng, scene, noise=0.05):
-    """-> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
+def draw_picture(rng, scene, noise=WORLDS["scenes"]):
+    """`noise`: twice its standard deviation, in full brightnesses
+    -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
     boxes {cell: (x0,y0,x1,y1) in pixels}"""
     image = np.full((SIZE, SIZE, 3), 40.0)
     mask, boxes = np.zeros((SIZE, SIZE), np.uint8), {}
@@ -198,14 +200,15 @@ class Scenes:
 
     task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), "foreign" or "plain" (preference pairs),
     "maps" (pairs of descriptions that differ in one object, with its box) or "red" (`label` = shape of the red object,
-    for a probe). `questions` rows in a row share a picture."""
+    for a probe). `questions` rows in a row share a picture. world: "scenes", or "noisy", the same under heavy noise."""
 
-    def __init__(self, split, n, task="sft", seed=0, questions=1):
+    def __init__(self, split, n, task="sft", seed=0, questions=1, world="scenes"):
         if split not in SPLITS:
             raise ValueError(f"unknown split '{split}' of the drawn world; splits: {', '.join(SPLITS)}")
         if task not in TASKS:
             raise ValueError(f"unknown task '{task}' of the drawn world; tasks: {', '.join(TASKS)}")
         self.split, self.n, self.task, self.seed, self.questions = split, n, task, seed, questions
+        self.noise = WORLDS[world]
 
     def __len__(self):
         return self.n
@@ -224,7 +227,7 @@ class Scenes:
         scene = draw_scene(rng, self.split)
         while self.task == "red" and "red" not in {color for _, color in scene.values()}:
             scene = draw_scene(rng, self.split)
-        image, mask, boxes = draw_picture(rng, scene)
+        image, mask, boxes = draw_picture(rng, scene, self.noise)
         asked = []
         for _ in range(self.questions):
             for _ in range(20):  # no row twice, as long as there are others; a pair may ask again and answer otherwise
@@ -349,6 +352,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/scenes.png",
                         help="a .png file for a contact sheet, or a folder for rows.jsonl and pictures")
+    parser.add_argument("--world", choices=WORLDS, default="scenes", help="noisy: the same under heavy pixel noise")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which layouts")
     parser.add_argument("--task", choices=TASKS, default="sft", help="what to ask of them; see the class Scenes")
     parser.add_argument("--n", type=int, default=16, help="how many rows")
@@ -356,7 +360,7 @@ def main():
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.out.endswith(".png"):
         raise SystemExit(f"--out {args.out} exists already; remove it or choose another name")
-    world = Scenes(args.split, args.n, args.task, args.seed)
+    world = Scenes(args.split, args.n, args.task, args.seed, world=args.world)
     rows = [world[i] for i in range(len(world))]
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     contact_sheet(rows, args.out) if args.out.endswith(".png") else write_rows(rows, args.out)

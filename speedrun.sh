@@ -14,20 +14,7 @@ N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pair
 LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}
 
 settings="STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST N_PAIRS=$N_PAIRS EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO"
-mkdir -p "$OUT"
-[ -e "$OUT/settings.txt" ] || echo "$settings" > "$OUT/settings.txt"
-if [ "$settings" != "$(cat "$OUT/settings.txt")" ]; then
-  echo "$OUT holds a study with other settings: $(cat "$OUT/settings.txt")" >&2
-  echo "Name another folder, as in OUT=runs/other bash speedrun.sh" >&2
-  exit 1
-fi
-
-stage() {  # stage OUTPUT SCRIPT FLAGS...: runs the script unless its output is there
-  local output=$1 script=$2; shift 2
-  if [ -e "$output" ]; then echo "== $output is there"; return; fi
-  echo "== $script $* --out $output"
-  python "$here/$script" "$@" --out "$output"
-}
+source "$here/stages.sh"
 
 folders=()
 for seed in $SEEDS; do

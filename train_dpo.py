@@ -17,7 +17,6 @@ length, and its second encoding of the same picture (same gradient, twice the wo
 """
 import argparse
 import copy
-import hashlib
 import json
 import os
 import time
@@ -74,16 +73,13 @@ class Reference:
     pixels that were read; a pair that would now be read otherwise (its picture was replaced, say) is refused."""
 
     def __init__(self, init, model, rows, precision, questions_per_tree):
-        digest = lambda *parts: hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        weights = hashlib.sha256()
-        for name, tensor in model.state_dict().items():
-            weights.update(name.encode())
-            weights.update(tensor.cpu().contiguous().numpy())
+        digest = common.digest
         chat, configs = model.chat, [part.config.to_dict() for part in (model.vision, model.llm)]
         for config in configs:
             config.update(_name_or_path=None, transformers_version=None)
         self.key = {"version": 1,                                               # raise it when our log-probs change
-                    "weights": weights.hexdigest()[:16], "rows": rows.identity(), "precision": precision,
+                    "weights": digest(*(part for named in model.state_dict().items() for part in named)),
+                    "rows": rows.identity(), "precision": precision,
                     "configuration": digest(json.dumps(configs, sort_keys=True, default=str)),
                     "template": digest(chat.head, chat.middle, chat.lead, chat.tail),
                     "tokenizer": digest(json.dumps(model.tokenizer.get_vocab(), sort_keys=True)),
@@ -192,7 +188,7 @@ def main():
         n_pairs = sum(len(batch.rows) for batch in step_batches)
         n_chosen_tokens = sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches)
         sums = {}
-        for batch in step_batches:
+        for batch in run.count_flops(step_batches):
             batch = batch.to(device)
             reference_logps = reference(batch).to(device, non_blocking=True)    # (2B,) of B pairs
             with autocast():

@@ -1,13 +1,16 @@
 """
-Supervised fine-tuning: the model imitates the answers. It serves twice:
+Supervised fine-tuning: the model imitates the answers. It serves three times:
 
     stage 1   from random weights or from hub weights to a model that answers (the shared start of all arms)
     stage 2   from a run, on the chosen answers of preference pairs (the arm that DPO is compared with)
+    stage 3   the transplant: what is a post-trained encoder, frozen, worth to the next model? (transplant.sh)
 
     python train_sft.py --optimizer muon --batch_size 96 --n 57600 --out runs/stage1   drawn world, tiny model, minutes
     python train_sft.py --init runs/stage1 --data pairs.jsonl --lr 1e-3 --epochs 3 --out runs/sft   stage 2: `chosen`
     python train_sft.py --vision google/siglip2-so400m-patch16-384 --llm Qwen/Qwen2.5-1.5B-Instruct \\
         --lr_vision 0 --lr_llm 0 --lr 1e-3 --data captions.jsonl --out runs/connector   connector first, as LLaVA does
+    python train_sft.py --vision runs/dpo/vision --lr_vision 0 --pool 2 --optimizer muon --out runs/transplant
+                                                        a fresh connector and LLM on a frozen encoder (PIVOT's stage 3)
 
 The loss is the mean of -log p over all response tokens of the *step*: micro-batches are divided by the step's
 token count, so that accumulation gives the gradient of the full batch whatever the lengths are.
@@ -21,6 +24,8 @@ import os
 import re
 import tempfile
 
+import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import common
@@ -35,33 +40,69 @@ parser.add_argument("--init",
                     help="run directory to start from; without it --vision and --llm are joined by a fresh connector")
 parser.add_argument("--vision",
                     help="vision encoder: hub id, folder, or tiny (random, 36 px, patch 6; the default), "
-                         "tiny-64-8 (64 px, patch 8), ...")
+                         "tiny-64-8 (64 px, patch 8), tiny-36-12-32-4 (also width and layers), ...")
 parser.add_argument("--llm",
                     help="LLM with a chat template: hub id, folder, or tiny (random, words of --data; the default)")
 parser.add_argument("--feature_layer", type=int,
-                    help="encoder layer the LLM reads, as an index of hidden_states (default and paper: -2)")
+                    help="encoder layer the LLM reads, as an index of hidden_states (default: what an exported encoder "
+                         "says of itself, else the paper's -2)")
 parser.add_argument("--pool", type=int,
                     help="fold POOL x POOL patches into one image token (default: 2 for tiny, else 1)")
+parser.add_argument("--connector", choices=("mlp", "linear"),
+                    help="a fresh connector's shape: Linear-GELU-Linear (default) or one Linear, which cannot see for "
+                         "the encoder")
+parser.add_argument("--connector_from", metavar="RUN",
+                    help="take the first layers of this run's connector instead of random ones, and keep them frozen")
+parser.add_argument("--keep_layers", type=int, choices=(1, 2),
+                    help="how many layers of --connector_from to take (default 1: PIVOT's \"1+1\", one kept, one new)")
 common.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
 
 
 def start(args):
     """The model to train: a run, or a fresh connector between two parts"""
     if args.init:
-        if args.vision or args.llm or args.feature_layer is not None or args.pool:
-            raise InputError(f"--init {args.init} brings --vision, --llm, --feature_layer and --pool: leave them out")
+        given = [flag for flag in ("vision", "llm", "feature_layer", "pool", "connector", "connector_from")
+                 if getattr(args, flag) is not None]
+        if given:
+            raise InputError(f"--init {args.init} brings its own {', '.join(given)}: leave --{given[0]} out")
         return MLLM.load(args.init)
+    kept = kept_layers(args)
     with tempfile.TemporaryDirectory() as folder:
         vision, llm = args.vision or "tiny", args.llm or "tiny"
-        tiny = re.fullmatch(r"tiny(?:-(\d+)-(\d+))?", vision)
+        tiny = re.fullmatch(r"tiny(?:-(\d+)-(\d+)(?:-(\d+)-(\d+))?)?", vision)
         if tiny:
             vision = os.path.join(folder, "vision")
-            scenes.tiny_vision(vision, *(int(size) for size in tiny.groups() if size))
+            with torch.random.fork_rng(enabled=args.lr_vision == 0):  # a random control gets the LLM that others get
+                scenes.tiny_vision(vision, *(int(size) for size in tiny.groups() if size))
         if llm == "tiny":
             llm = os.path.join(folder, "llm")
             scenes.tiny_llm(llm, data.texts(args.data))
-        feature_layer = -2 if args.feature_layer is None else args.feature_layer
-        return MLLM.from_pretrained(vision, llm, feature_layer, args.pool or (2 if tiny else 1))
+        hidden = 0 if args.connector == "linear" else len(kept["up.weight"]) if kept else None  # None: the LLM's width
+        model = MLLM.from_pretrained(vision, llm, args.feature_layer, args.pool or (2 if tiny else 1), hidden)
+    own = model.connector.state_dict()
+    for name, tensor in kept.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(f"--connector_from {args.connector_from}: its {name} is {tuple(tensor.shape)}, this model "
+                             f"needs {tuple(own[name].shape)}; --vision, --pool and, for two layers, --llm must fit it")
+    model.connector.load_state_dict({**own, **kept})
+    for name in kept:
+        model.connector.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def kept_layers(args):
+    """The tensors to take from another run's connector: {} without --connector_from"""
+    if not args.connector_from:
+        if args.keep_layers:
+            raise InputError("--keep_layers needs --connector_from RUN")
+        return {}
+    if args.connector == "linear":
+        raise InputError("--connector linear has a single layer and --connector_from keeps one of two: use only one")
+    state = load_file(os.path.join(args.connector_from, "connector.safetensors"))
+    if "down.weight" not in state:
+        raise InputError(f"--connector_from {args.connector_from}: its connector is a single linear layer")
+    layers = ("up", "down")[:args.keep_layers or 1]
+    return {name: tensor for name, tensor in state.items() if name.startswith(layers)}
 
 
 def main():
@@ -95,7 +136,7 @@ def main():
             continue  # every row of the step was dropped, and said so
         n_tokens = sum(len(batch.targets) for batch in step_batches)
         loss = 0.0
-        for batch in step_batches:
+        for batch in run.count_flops(step_batches):
             with autocast():
                 logps = model.response_logps(batch.to(device))                  # (M,)
             micro_loss = -logps.sum() / n_tokens                                # its share in the step's token mean

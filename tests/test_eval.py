@@ -133,8 +133,9 @@ def study_folder(path, shift):
     arms = {"random": 0, "stage1": .5, "more": .5, "sft": .3 + shift, "dpo": .4 + 2 * shift}
     for name in ("probe", "vqa", "swap", "sft", "dpo"):
         os.makedirs(os.path.join(path, name))
-    cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("classification", "mIoU")} | \
-        ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("area", "energy_chosen", "energy_difference", "point_chosen", "point_difference")})
+    cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("logistic top-1", "linear mIoU", "two-layer mIoU", "alignment stage1, read layer")} | \
+        ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("area", "energy_chosen_tokens", "energy_difference_tokens",
+                                                                       "point_chosen_tokens", "point_difference_tokens")})
     vqa = lambda v: {g: {m: [v, v, v] for m in ("decoded", "restricted", "blind_score")} for g in ("vision-centric", "knowledge")}
     json.dump({"table": {a: cell(a, v) for a, v in arms.items()}}, open(os.path.join(path, "probe", "results.json"), "w"))
     for name in ("vqa", "swap"):

@@ -422,7 +422,7 @@ def test_run_names_stay_apart():
 
 def test_init_brings_its_parts_along(start_run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_sft.py", "--init", str(start_run), "--pool", "1", "--out", str(tmp_path / "out")])
-    with pytest.raises(model_file.InputError, match="leave them out"):
+    with pytest.raises(model_file.InputError, match="leave --pool out"):
         train_sft.main()
 
 

@@ -1,0 +1,146 @@
+"""The pictures that probe.py draws: bars with dots, gradient maps, segmentations, and what moved."""
+import math
+import textwrap
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # after use(): no window system is needed
+
+
+def canvas(lines, columns, width, height):
+    """A figure with a grid of panels, each `width` x `height` inches -> figure, axes (lines, columns)"""
+    return plt.subplots(lines, columns, figsize=(width * columns, height * lines + .4), squeeze=False,
+                        layout="constrained")
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def blank(axis):
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def draw_bars(path, result, chance):
+    """A panel a measure: a bar an encoder with its 95 % interval over test pictures, a dot a probe seed, dashed what
+    chance would reach: {"top-1", "top-5", "alignment": share}, or a row of `result` that is a baseline"""
+    measures = list(dict.fromkeys(m for cells in result.values() for m in cells))
+    baselines = {"energy": "area", "point": "point_centre"}
+    baselines |= {m.removesuffix(", captions shuffled"): m for m in measures if m.endswith("shuffled")}
+    measures = [m for m in measures if not m.endswith(("_pixels", "_input"))
+                and m not in (*baselines.values(), "centre")]
+    columns = min(4, len(measures))
+    figure, axes = canvas(math.ceil(len(measures) / columns), columns, 3.4, 2.5)
+    for axis in axes.flat[len(measures):]:
+        axis.axis("off")
+    for axis, measure in zip(axes.flat, measures):
+        rows = [row for row, cells in result.items() if measure in cells]
+        for x, row in enumerate(rows):
+            cell = result[row][measure]
+            value, low, high = (100 * v for v in cell["value"])
+            color = "0.7" if row.startswith("random") else f"C{list(result).index(row) % 10}"
+            axis.bar(x, value, color=color, alpha=.75)
+            axis.plot([x, x], [low, high], color="black", linewidth=1)
+            axis.scatter([x] * len(cell["per_seed"]), 100 * np.array(cell["per_seed"]), s=9, color="black", zorder=3)
+        baseline = baselines.get(measure) or baselines.get(measure.split("_")[0])
+        level = result[rows[-1]][baseline]["value"][0] if baseline else \
+            next((share for name, share in chance.items() if name in measure), None)
+        if level is not None:
+            axis.axhline(100 * level, color="black", linestyle="--", linewidth=.8)
+        axis.set_xticks(range(len(rows)), [textwrap.shorten(row, 14, placeholder="…") for row in rows], fontsize=7,
+                        rotation=30 if len(rows) > 4 else 0)
+        axis.set_title(textwrap.fill(measure.replace("_", " "), 34), fontsize=8)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set_ylabel("%", fontsize=7)
+    figure.suptitle("bar: mean over probe seeds (dots); line: 95 % interval over test pictures; dashed: chance",
+                    fontsize=9)
+    save(figure, path)
+
+
+def draw_maps(path, records, maps, name, n=8):
+    """Contact sheet of one run: each picture with its box, then gradients of both objectives laid over it"""
+    shown = [("chosen", "tokens", "log p(chosen)\n= SFT's map"),
+             ("difference", "tokens", "chosen - rejected\n= DPO's map"),
+             ("chosen", "pixels", "log p(chosen)\nat pixels"), ("difference", "pixels", "difference\nat pixels"),
+             ("chosen", "input", "log p(chosen)\nx input"), ("difference", "input", "difference\nx input")]
+    n = min(n, len(records))
+    figure, axes = canvas(1 + len(shown), n, 1.4, 1.4)
+    for i in range(n):
+        image, (x0, y0, x1, y1) = records[i]["image"], records[i]["box"]
+        for axis, what in zip(axes[:, i], [None, *shown]):
+            extent = (0, image.width, image.height, 0)
+            axis.imshow(image.convert("L").convert("RGB") if what else image, extent=extent)
+            if what:
+                axis.imshow(maps[what[:2]][i], extent=extent, cmap="jet", alpha=.55, interpolation="nearest")
+            axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1.2))
+            blank(axis)
+    for axis, text in zip(axes[:, 0], ["picture", *(text for _, _, text in shown)]):
+        axis.set_ylabel(text, fontsize=7)
+    figure.suptitle(f"gradient maps at the weights of {name}; box: where the answers differ", fontsize=10)
+    save(figure, path)
+
+
+def draw_segmentation(path, pictures, predictions, n=6):
+    """Test pictures, the truth as patches see it, and what the two-layer head makes of each encoder"""
+    n, colors = min(n, len(pictures)), plt.get_cmap("tab20")
+    chosen = np.linspace(0, len(pictures) - 1, n).astype(int)
+    figure, axes = canvas(2 + len(predictions), n, 1.6, 1.5)
+    (_, truth, truth_grid), *_ = predictions.values()
+    rows = [("truth, by patch", truth, truth_grid), *((name, p, grid) for name, (p, _, grid) in predictions.items())]
+    for column, i in enumerate(chosen):
+        image = pictures[i].convert("RGB")
+        extent = (0, image.width, image.height, 0)
+        for axis in axes[:, column]:
+            blank(axis)
+            axis.imshow(image.convert("L").convert("RGB"), extent=extent)  # grey: the colours are the classes
+        axes[0, column].imshow(image, extent=extent)
+        for axis, (_, labels, grid) in zip(axes[1:, column], rows):
+            labels = labels[i].reshape(grid)
+            axis.imshow(np.ma.masked_less(labels, 0) % 20, extent=extent, cmap=colors, vmin=0, vmax=19, alpha=.6,
+                        interpolation="nearest")
+    for axis, (name, _, _) in zip(axes[:, 0], [("picture", None, None), *rows]):
+        axis.set_ylabel(name, fontsize=8)
+    figure.suptitle("segmentation by the two-layer head; a colour a class, void left clear in the truth", fontsize=10)
+    save(figure, path)
+
+
+def draw_movement(path, movement, first):
+    """Linear CKA of every layer of the first encoder with every layer of the others, and the drift of each layer"""
+    others = [name for name, m in movement.items() if m["cka"] and name != first] or [first]
+    figure, axes = canvas(1, len(others) + 2, 3, 2.9)
+    for axis, name in zip(axes[0], others):
+        cka = np.array(movement[name]["cka"])
+        image = axis.imshow(cka, vmin=0, vmax=1, origin="lower", cmap="magma")
+        if cka.size <= 64:
+            for (i, j), value in np.ndenumerate(cka):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                          color="black" if value > .6 else "white")
+        axis.set_xticks(range(cka.shape[1]), range(1, cka.shape[1] + 1), fontsize=7)
+        axis.set_yticks(range(cka.shape[0]), range(1, cka.shape[0] + 1), fontsize=7)
+        axis.set_xlabel(f"layer of {name}", fontsize=8)
+        axis.set_ylabel(f"layer of {first}", fontsize=8)
+        axis.set_title(f"linear CKA, {first} and {name}", fontsize=8)
+    figure.colorbar(image, ax=axes[0, :len(others)], shrink=.8)
+    same, drift = axes[0, -2:]
+    for name, m in movement.items():
+        style = {"color": "0.6" if name.startswith("random") else None, "marker": "o", "markersize": 3, "label": name}
+        if m["cka"] and name != first and len(m["cka"]) == len(m["cka"][0]):
+            same.plot(range(1, len(m["cka"]) + 1), np.diag(m["cka"]), **style)
+        if m["drift"] and name != first:
+            drift.plot(range(len(m["drift"])), [max(d, 1e-8) for d in m["drift"]], **style)
+    same.set_title("CKA of equal layers", fontsize=8)
+    drift.set_title(f"drift of weights from {first}", fontsize=8)
+    drift.set_ylabel("|w - w0| / |w0|", fontsize=8)
+    for axis, label in ((same, "layer"), (drift, "layer (0: embeddings)")):
+        axis.set_xlabel(label, fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.tick_params(labelsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    if drift.lines:
+        drift.set_yscale("log")
+    save(figure, path)
