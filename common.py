@@ -299,7 +299,7 @@ def print_table(title, heads, lines):
     columns = [heads, *lines]
     widths = [max(len(str(cell)) for cell in column) for column in columns]
     print(f"\n{title}")
-    for row in zip(*columns):
+    for row in zip(*columns, strict=True):
         print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 

@@ -86,7 +86,8 @@ def draw_maps(path, records, maps, name, n=8):
 
 def draw_segmentation(path, pictures, predictions, n=6):
     """Test pictures, the truth as patches see it, and what the two-layer head makes of each encoder"""
-    n, colors = min(n, len(pictures)), plt.get_cmap("tab20")
+    shades = plt.get_cmap("tab20").colors
+    n, colors = min(n, len(pictures)), matplotlib.colors.ListedColormap(shades[::2] + shades[1::2])  # pale ones last
     chosen = np.linspace(0, len(pictures) - 1, n).astype(int)
     figure, axes = canvas(2 + len(predictions), n, 1.6, 1.5)
     (_, truth, truth_grid), *_ = predictions.values()
@@ -104,6 +105,9 @@ def draw_segmentation(path, pictures, predictions, n=6):
                         interpolation="nearest")
     for axis, (name, _, _) in zip(axes[:, 0], [("picture", None, None), *rows]):
         axis.set_ylabel(name, fontsize=8)
+    classes = np.unique(np.concatenate([truth[truth >= 0], *(labels.ravel() for labels, _, _ in predictions.values())]))
+    figure.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=colors(c % 20), alpha=.6, label=c) for c in classes],
+                  loc="outside lower center", ncols=len(classes), fontsize=7)
     figure.suptitle("segmentation by the two-layer head; a colour a class, void left clear in the truth", fontsize=10)
     save(figure, path)
 
@@ -111,8 +115,12 @@ def draw_segmentation(path, pictures, predictions, n=6):
 def draw_movement(path, movement, first):
     """Linear CKA of every layer of the first encoder with every layer of the others, and the drift of each layer"""
     others = [name for name, m in movement.items() if m["cka"] and name != first] or [first]
-    figure, axes = canvas(1, len(others) + 2, 3, 2.9)
-    for axis, name in zip(axes[0], others):
+    columns = min(4, len(others) + 2)
+    figure, axes = canvas(math.ceil((len(others) + 2) / columns), columns, 3, 2.9)
+    *maps, same, drift = axes.flat[:len(others) + 2]
+    for axis in axes.flat[len(others) + 2:]:
+        axis.axis("off")
+    for axis, name in zip(maps, others):
         cka = np.array(movement[name]["cka"])
         image = axis.imshow(cka, vmin=0, vmax=1, origin="lower", cmap="magma")
         if cka.size <= 64:
@@ -124,8 +132,7 @@ def draw_movement(path, movement, first):
         axis.set_xlabel(f"layer of {name}", fontsize=8)
         axis.set_ylabel(f"layer of {first}", fontsize=8)
         axis.set_title(f"linear CKA, {first} and {name}", fontsize=8)
-    figure.colorbar(image, ax=axes[0, :len(others)], shrink=.8)
-    same, drift = axes[0, -2:]
+    figure.colorbar(image, ax=maps, shrink=.8)
     for name, m in movement.items():
         style = {"color": "0.6" if name.startswith("random") else None, "marker": "o", "markersize": 3, "label": name}
         if m["cka"] and name != first and len(m["cka"]) == len(m["cka"][0]):

@@ -346,10 +346,11 @@ def chance(classification, captions):
 
 def print_movement(movement, first):
     """Relative drift of weights and CKA of equal layers, a column an encoder"""
-    depth = max(len(m["cka"] or ()) for m in movement.values())
-    lines = [[name, *(f"{x:.4f}" for x in m["drift"] or [""] * (depth + 1) if x != ""),
-              *(f"{m['cka'][i][i]:.4f}" if m["cka"] and i < len(m["cka"][i]) else "" for i in range(depth))]
-             for name, m in movement.items()]
+    depth, lines = len(movement[first]["cka"]), []
+    for name, m in movement.items():
+        drift = [f"{x:.4f}" for x in m["drift"]] if m["drift"] else [""] * (depth + 1)  # another shape has none
+        same = [f"{m['cka'][i][i]:.4f}" if m["cka"] and i < len(m["cka"][i]) else "" for i in range(depth)]
+        lines.append([name, *drift, *same])
     layers = range(1, depth + 1)
     common.print_table(f"movement from {first}: relative drift of weights, linear CKA of patch tokens", [
         "", "drift, embeddings", *(f"drift, layer {i}" for i in layers), *(f"CKA, layer {i}" for i in layers)], lines)

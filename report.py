@@ -44,7 +44,8 @@ ENCODERS = {"random": "random", "start": "start", "more": "start trained on", "s
             "large": "larger, no post-training"}  # rows of the transplant; its columns:
 CONNECTORS = {"linear": "linear connector", "mlp": "MLP connector", "1+1": "MLP, first layer kept"}
 ASKED = {"vision-centric": "vision questions", "shape": "shape questions"}
-PROBED = {"logistic top-1": "probe: shape of the red object", "two-layer mIoU": "probe: patches, two-layer head, mIoU"}
+PROBED = {"logistic top-1": "probe: shape of the red object",
+          "alignment start, read layer": "probe: alignment with start's LLM"}
 COLUMNS = {(c, kind): f"{ASKED[kind]}, {CONNECTORS[c]}" for c in CONNECTORS for kind in ASKED} | \
     {("probe", measure): heading for measure, heading in PROBED.items()}
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom

@@ -10,10 +10,12 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
-N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
+N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3}
+N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
 LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}
 
-settings="STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST N_PAIRS=$N_PAIRS EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO"
+settings="STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS"
+settings+=" EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO"
 source "$here/stages.sh"
 
 folders=()
@@ -36,7 +38,7 @@ for seed in $SEEDS; do
   stage "$run/dpo"  train_dpo.py "${same[@]}" --lr "$LR_DPO" --data "$pairs"
 
   arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo")
-  stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST"
+  stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS"
   stage "$run/vqa"   eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST"
   stage "$run/swap"  eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1"
 done

@@ -11,9 +11,10 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0 1 2} OUT=${OUT:-runs/transplant} STAGE1_STEPS=${STAGE1_STEPS:-1000} STEPS=${STEPS:-500}
-N_TEST=${N_TEST:-2000} N_PAIRS=${N_PAIRS:-5000} LR=${LR:-1e-3} SMALL=tiny-36-12-32-4 LARGE=tiny-36-12-64-6
+N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3} N_PAIRS=${N_PAIRS:-5000} LR=${LR:-1e-3}
+SMALL=tiny-36-12-32-4 LARGE=tiny-36-12-64-6
 
-settings="STAGE1_STEPS=$STAGE1_STEPS STEPS=$STEPS N_TEST=$N_TEST N_PAIRS=$N_PAIRS LR=$LR"
+settings="STAGE1_STEPS=$STAGE1_STEPS STEPS=$STEPS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS LR=$LR"
 source "$here/stages.sh"
 
 folders=()
@@ -44,7 +45,7 @@ for seed in $SEEDS; do
     heads+=("$run/$arm.1+1")
   done
   stage "$run/probe" probe.py "$run/start" "$run/more" "$run/sft" "$run/dpo" "$run/large" --world noisy --n "$N_TEST" \
-    --seed "$seed"
+    --seed "$seed" --seeds "$PROBE_SEEDS"
   stage "$run/vqa" eval_vqa.py "${heads[@]}" --data noisy/test/vqa --n "$N_TEST" --seed "$seed"
 done
 python "$here/report.py" "${folders[@]}" --transplant --out "$OUT"

@@ -538,3 +538,13 @@ def test_what_cannot_be_asked_is_said_in_a_line(make, vision_dirs, tmp_path, mon
             run_probe(monkeypatch, tmp_path / "out", vision_dirs["siglip"] if "name the" in message else run, *flags)
     result = run_probe(monkeypatch, tmp_path / "out", run, "--captions", rows)               # a .jsonl of captions, by the run's own LLM
     assert set(result["table"]["run"]) == {f"alignment run, {which}" for which in ("best pair", "read layer", "best pair, captions shuffled")}
+
+
+def test_movement_of_another_shape_leaves_cells_empty(capsys):
+    # deeper, shallower, or on another grid: every value stays in its own row of the table
+    cka = lambda n: [[.5 if i == j else .1 for j in range(n)] for i in range(2)]
+    probe.print_movement({"start": {"drift": [0, 0, 0], "cka": cka(2)}, "deep": {"drift": None, "cka": cka(3)}, "flat": {"drift": None, "cka": cka(1)},
+                          "wide": {"drift": None, "cka": None}, "same": {"drift": [.1, .2, .3], "cka": cka(2)}}, "start")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert rows == [["drift,", "embeddings", "0.0000", "0.1000"], ["drift,", "layer", "1", "0.0000", "0.2000"], ["drift,", "layer", "2", "0.0000", "0.3000"],
+                    ["CKA,", "layer", "1", "0.5000", "0.5000", "0.5000", "0.5000"], ["CKA,", "layer", "2", "0.5000", "0.5000", "0.5000"]]

@@ -25,7 +25,7 @@ def readme():
 def test_speedrun_from_another_folder(tmp_path):
     """Every stage with small numbers, then again: what is there is not made twice."""
     env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-           "TORCH_COMPILE_DISABLE": "1", "STAGE1_STEPS": "3", "N_PAIRS": "10", "EPOCHS": "1", "N_TEST": "40", "OUT": "study"}
+           "TORCH_COMPILE_DISABLE": "1", "STAGE1_STEPS": "3", "N_PAIRS": "10", "EPOCHS": "1", "N_TEST": "40", "PROBE_SEEDS": "1", "OUT": "study"}
     command = ["bash", os.path.join(ROOT, "speedrun.sh")]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

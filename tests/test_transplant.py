@@ -174,5 +174,5 @@ def test_transplant_report_is_paired_within_a_seed(tmp_path, capsys):
     assert row["minus_start"]["mean"] == pytest.approx(sum(d) / 2)
     half = 12.706 * abs(d[0] - d[1]) / 2                                            # t(.975, 1 degree) x sd / sqrt(2)
     assert row["minus_start"]["high"] - row["minus_start"]["low"] == pytest.approx(2 * half)
-    assert found["rows"]["large, probe, two-layer mIoU"]["per_seed"] == [0, .1]
+    assert found["rows"]["large, probe, logistic top-1"]["per_seed"] == [0, .1]
     assert "random, 1+1, shape" not in found["rows"] and (tmp_path / "out" / "report.png").stat().st_size > 20_000
