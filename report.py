@@ -234,7 +234,7 @@ def report_transplant(seeds, out):
                        f"[95 %]; {len(seeds)} seed(s)",
                        ["", *(cell for heading in COLUMNS.values() for cell in (heading, "    minus start"))],
                        lines.values())
-    text = [f"{name}: {cost[run]:.3g} FLOPs, {100 * cost[run] / cost['start']:.2g} % of what trained the start"
+    text = [f"{name}: {cost[run]:.3g} FLOPs, {100 * cost[run] / cost['start']:.0f} % of what trained the start"
             for run, name in (("start", "stage 1 of the start"), ("large", "stage 1 of the larger encoder"),
                               ("more", "training on"), ("sft", "SFT"), ("dpo", "DPO, its reference apart"),
                               ("start.linear", "a fresh LLM on a frozen encoder"))]
