@@ -61,12 +61,11 @@ def draw_bars(path, result, chance):
     save(figure, path)
 
 
-def draw_maps(path, records, maps, name, n=8):
+def draw_maps(path, records, maps, name, places, n=8):
     """Contact sheet of one run: each picture with its box, then gradients of both objectives laid over it"""
-    shown = [("chosen", "tokens", "log p(chosen)\n= SFT's map"),
-             ("difference", "tokens", "chosen - rejected\n= DPO's map"),
-             ("chosen", "pixels", "log p(chosen)\nat pixels"), ("difference", "pixels", "difference\nat pixels"),
-             ("chosen", "input", "log p(chosen)\nx input"), ("difference", "input", "difference\nx input")]
+    text = {"tokens": "", "pixels": ", at pixels", "input": ", x input"}
+    shown = [(objective, place, title + text[place]) for place in places for objective, title in
+             (("chosen", "log p(chosen)\n= SFT's map"), ("difference", "chosen - rejected\n= DPO's map"))]
     n = min(n, len(records))
     figure, axes = canvas(1 + len(shown), n, 1.4, 1.4)
     for i in range(n):

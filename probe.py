@@ -302,7 +302,8 @@ def main():
                     encoder, data.Collator(pairs, encoder, ("chosen", "rejected")), records,
                     max(1, args.batch_size // 8), autocast, f"{name} maps", reference, args.beta)
                 values.update(map_values(scores))
-                figures.draw_maps(os.path.join(folder, f"maps_{name}.png"), records, drawn_maps, name)
+                for file, places in (("maps", ["tokens"]), ("pixel_maps", ["pixels", "input"])):
+                    figures.draw_maps(os.path.join(folder, f"{file}_{name}.png"), records, drawn_maps, name, places)
             earlier = table.get(name, {})                                               # draws of a random one
             table[name] = {m: (np.concatenate([earlier[m][0], v]) if m in earlier else v, statistic)
                            for m, (v, statistic) in values.items()}
@@ -331,7 +332,7 @@ def main():
     if guess:
         print(f"\nchance, %: {', '.join(f'{measure} {100 * value:.1f}' for measure, value in guess.items())}")
     print(f"wrote {args.out}: results.json, probe.png, movement.png" + ", segmentation.png" * bool(segmentation)
-          + ", maps_*.png" * bool(records))
+          + ", maps_*.png, pixel_maps_*.png" * bool(records))
 
 
 def chance(classification, captions):

@@ -142,7 +142,7 @@ def draw(path, result, seeds, text):
     grid = figure.add_gridspec(4, 4, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
     colors = dict(zip(ARMS, ("0.6", "black", "tab:gray", "tab:orange", "tab:blue")))
 
-    for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU_two_layer")):
+    for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU")):
         axis = figure.add_subplot(grid[0, column])
         for x, arm in enumerate(ARMS):
             if arm in result["rows"][measure]:
@@ -155,7 +155,7 @@ def draw(path, result, seeds, text):
         axis.set_ylim(0, 100)
 
     axis = figure.add_subplot(grid[1, :2])
-    shown = ("restricted", "swap", "classification", "mIoU_two_layer")
+    shown = ("restricted", "swap", "classification", "mIoU")
     for offset, (pair, color) in enumerate((("sft - stage1", "tab:orange"), ("dpo - stage1", "tab:blue"),
                                             ("dpo - sft", "black"))):
         for y, measure in enumerate(shown):

@@ -2,7 +2,7 @@
 # The transplant (PIVOT's last stage): what is an encoder worth to the next model? Each encoder is frozen, gets a fresh
 # connector and a fresh LLM, and all are trained on the same rows for as long.
 #
-#   bash transplant.sh                        three seeds, about an hour and a half of one CPU core
+#   bash transplant.sh                        three seeds, under two hours of one CPU core
 #   SEEDS=0 OUT=runs/try bash transplant.sh   one seed
 #
 # In the noisy world, whose pixels an encoder has to sum up wisely: each patch is a whole cell, 432 numbers under heavy

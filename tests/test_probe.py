@@ -463,7 +463,7 @@ def test_the_drawn_world_end_to_end(make, vision_dirs, tmp_path, monkeypatch, ca
         assert len(table[clip][measure]["vs_first"]) == 3 and table[clip][measure]["value"][1] <= table[clip][measure]["value"][2]
     assert movement["run"]["drift"] == movement["vision"]["drift"] == [0, 0, 0] and min(movement["random"]["drift"]) > .5
     assert movement[clip]["drift"] is None and np.allclose(np.diag(movement["vision"]["cka"]), 1) and movement["random"]["cka"][1][1] < .99
-    assert set(os.listdir(tmp_path / "out")) == {"results.json", "probe.png", "movement.png", "segmentation.png", "maps_run.png"}
+    assert set(os.listdir(tmp_path / "out")) == {"results.json", "probe.png", "movement.png", "segmentation.png", "maps_run.png", "pixel_maps_run.png"}
     assert all(Image.open(tmp_path / "out" / name).size[0] > 200 for name in os.listdir(tmp_path / "out") if name.endswith(".png"))
     assert len(os.listdir(tmp_path / "features")) == 4 * 5                                  # five sets; the export found those of the run
     assert result["chance"]["alignment"] == 10 / 39 and 1 / 6 <= result["chance"]["top-1"] < .5
