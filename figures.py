@@ -61,15 +61,16 @@ def draw_bars(path, result, chance):
     save(figure, path)
 
 
-def draw_maps(path, records, maps, name, places, n=8):
+def draw_maps(path, records, maps, name, places):
     """Contact sheet of one run: each picture with its box, then gradients of both objectives laid over it"""
     text = {"tokens": "", "pixels": ", at pixels", "input": ", x input"}
     shown = [(objective, place, title + text[place]) for place in places for objective, title in
              (("chosen", "log p(chosen)\n= SFT's map"), ("difference", "chosen - rejected\n= DPO's map"))]
-    n = min(n, len(records))
+    n = len(maps[shown[0][:2]])
     figure, axes = canvas(1 + len(shown), n, 1.4, 1.4)
     for i in range(n):
-        image, (x0, y0, x1, y1) = records[i]["image"], records[i]["box"]
+        record = records[i]
+        image, (x0, y0, x1, y1) = record["image"], record["box"]
         for axis, what in zip(axes[:, i], [None, *shown]):
             extent = (0, image.width, image.height, 0)
             axis.imshow(image.convert("L").convert("RGB") if what else image, extent=extent)

@@ -22,11 +22,13 @@ import torch
 from einops import rearrange, reduce
 from tqdm import tqdm
 
+from data import Collator
 from features import squash
 from model import InputError
 
 OBJECTIVES = ("chosen", "difference", "SFT_loss", "DPO_loss")
 PLACES = ("tokens", "pixels", "input")  # where the gradient is taken: image tokens, pixels, pixels x input
+N_DRAWN = 8                             # pairs whose maps are kept, for the contact sheet
 CENTRE = np.exp(-np.add.outer(*2 * [np.linspace(-2, 2, 32)**2]) / 2)  # (32,32): a map that always looks at the centre
 CENTRE /= CENTRE.sum()
 
@@ -72,36 +74,40 @@ def points_at(gradient, box, size):
     return float(box[0] <= x < box[2] and box[1] <= y < box[3])
 
 
-def map_scores(model, collator, records, batch_size, autocast, desc, reference_margins=None, beta=.1):
-    """-> {measure: values of all pictures}, maps {(objective, place): [(rows, columns), ...]}, margins (n,)
+def map_scores(model, pairs, batch_size, autocast, desc, reference_margins=None, beta=.1):
+    """-> {measure: values of all n pairs}, maps {(objective, place): [(rows, columns), ...]} of the first N_DRAWN,
+    margins (n,)
 
     energy_OBJECTIVE_PLACE (n,2): the gradient inside the box and in all; point_OBJECTIVE_PLACE (n,); the baselines
     area (n,), the box's share of the picture; centre (n,) and point_centre (n,), of a map that looks at the centre."""
-    grid = tuple(side // model.pool for side in model.grid)
+    grid, collator = tuple(side // model.pool for side in model.grid), Collator(pairs, model, ("chosen", "rejected"))
     maps, margins, scores = {(o, p): [] for o in OBJECTIVES for p in PLACES}, [], {}
-    for at in tqdm(range(0, len(records), batch_size), desc=desc):
-        part = range(at, min(at + batch_size, len(records)))
+    note = lambda name, value: scores.setdefault(name, []).append(value)
+    for at in tqdm(range(0, len(pairs), batch_size), desc=desc):
+        part = range(at, min(at + batch_size, len(pairs)))
+        records = [pairs[i] for i in part]
         batch, dropped = collator([[i] for i in part])
         if dropped:
             raise InputError(dropped[0])
-        batch.pixels = squash(model, [records[i]["image"] for i in part])               # no crop: boxes stay in place
+        batch.pixels = squash(model, [record["image"] for record in records])           # no crop: boxes stay in place
         reference = None if reference_margins is None else reference_margins[part.start:part.stop]
         with autocast():
             found, margin = gradient_maps(model, batch.to(model.device), reference, beta)
         margins.append(margin.float().cpu())
-        for key, value in found.items():
-            value = value.float().cpu().numpy()
-            maps[key] += list(rearrange(value, "i (h w) -> i h w", h=grid[0]) if key[1] == "tokens" else value)
-    for i, record in enumerate(records):
-        box, size = record["box"], record["image"].size
-        cover = box_cover(box, size, (32, 32))
-        scores.setdefault("area", []).append(cover.mean())
-        scores.setdefault("centre", []).append((cover * CENTRE).sum())
-        scores.setdefault("point_centre", []).append(
-            float(box[0] <= size[0] / 2 < box[2] and box[1] <= size[1] / 2 < box[3]))
-        for (objective, place), values in maps.items():
-            inside = (values[i] * box_cover(box, size, values[i].shape)).sum()
-            scores.setdefault(f"energy_{objective}_{place}", []).append((inside, values[i].sum()))
-            if objective in ("chosen", "difference"):                                   # a loss points where these do
-                scores.setdefault(f"point_{objective}_{place}", []).append(points_at(values[i], box, size))
+        found = {(objective, place): rearrange(value, "i (h w) -> i h w", h=grid[0]) if place == "tokens" else value
+                 for (objective, place), value in found.items()}
+        found = {key: value.float().cpu().numpy() for key, value in found.items()}
+        for i, record in enumerate(records):
+            box, size = record["box"], record["image"].size
+            cover = box_cover(box, size, CENTRE.shape)
+            note("area", cover.mean())
+            note("centre", (cover * CENTRE).sum())
+            note("point_centre", float(box[0] <= size[0] / 2 < box[2] and box[1] <= size[1] / 2 < box[3]))
+            for (objective, place), values in found.items():
+                inside = (values[i] * box_cover(box, size, values[i].shape)).sum()
+                note(f"energy_{objective}_{place}", (inside, values[i].sum()))
+                if objective in ("chosen", "difference"):                               # a loss points where these do
+                    note(f"point_{objective}_{place}", points_at(values[i], box, size))
+                if at + i < N_DRAWN:
+                    maps[objective, place].append(values[i])
     return {name: np.array(values) for name, values in scores.items()}, maps, torch.cat(margins)

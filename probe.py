@@ -155,7 +155,8 @@ def classify_pictures(frozen, sets, args, n_seeds):
 
 
 def segment_pictures(frozen, sets, args, n_seeds):
-    """-> {measure: (values (seeds,n,3,C), statistic)}, predictions of the first seed's two-layer head (n,N), truth"""
+    """-> {measure: (values (seeds,n,3,C), statistic)}; then, to be drawn, what the two-layer head of the first seed
+    predicts (n,N), the truth (n,N), and the grid of the N patches"""
     train, train_masks, test, test_masks = sets
     patch = frozen.encoder.vision.config.patch_size * frozen.encoder.grid[0] // frozen.grid[0]
     train_y, test_y = (labels_of(masks, frozen.grid, patch, args.void) for masks in (train_masks, test_masks))
@@ -170,7 +171,7 @@ def segment_pictures(frozen, sets, args, n_seeds):
         counts = np.stack([tally(test_y, p, n_classes) for p in predicted])             # (seeds,n,3,C)
         values[f"{name} mIoU"] = counts, lambda v: mean([mean_iou(seed.sum(0)) for seed in v])
         values[f"{name} recall"] = counts, lambda v: mean([macro_recall(seed.sum(0)) for seed in v])
-    return values, two_layer[0], test_y
+    return values, two_layer[0], test_y, frozen.grid
 
 
 def map_values(scores):
@@ -229,43 +230,50 @@ def parent_of(run):
     return parent and os.path.realpath(parent)
 
 
-def main():
-    args = parser.parse_args()
-    common.check_out(args.out)
-    device, autocast = common.setup(args.seed, "highest")                               # line searches mind rounding
-    names, runs = common.names(args.encoders), [source for source in args.encoders if features.is_run(source)]
-    cache = args.cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "features")
-    first, drawn = names[0], not (args.classification or args.segmentation or args.maps or args.captions)
-    llms = args.llms or runs[:1]
-    if args.through_connector and len(runs) < len(names):
+def sets_to_ask_of(args, runs, llms):
+    """The sets that were named, or all of the drawn world -> what `features.classification_data` and
+    `features.segmentation_data` give, or None; pairs and captions (`data.Rows`, or []); pictures for the movement"""
+    if args.through_connector and len(runs) < len(args.encoders):
         raise InputError("--through_connector: only run directories have a connector; leave other encoders out")
     if args.maps and not runs:
         raise InputError("--maps: only run directories have an LLM, and none is named")
     if args.captions and not llms:
         raise InputError("--captions: name the LLMs to align with by --llms")
-
-    # ---- what to ask: the sets that were named, or all of the drawn world
-    classification = features.classification_data(args.classification, args.n, args.seed, args.world) \
-        if args.classification or drawn else None
-    segmentation = features.segmentation_data(args.segmentation, args.n, args.seed, args.world) \
-        if args.segmentation or drawn else None
+    drawn = not (args.classification or args.segmentation or args.maps or args.captions)
     own_world = f"{args.world}/test/maps"
-    asked, wanted = args.maps or own_world, bool(args.maps or drawn and runs)
-    n_pairs = max(1, args.n // 10) if data.is_drawn(asked) else None
-    pairs = data.load(asked, "pairs", n_pairs, args.seed) if wanted else []
-    records = [pairs[i] for i in range(len(pairs))]
-    if any(not record.get("box") for record in records):
-        raise InputError(f"--maps {args.maps}: every row needs a 'box' (x0, y0, x1, y1 in pixels)")
-    asked, wanted = args.captions or own_world, bool(args.captions or drawn and llms)
-    n_captions = max(4 * alignment.K, args.n // 5) if data.is_drawn(asked) else args.n
-    captions = data.load(asked, "captions", n_captions, args.seed) if wanted else []
-    if captions and len(captions) <= alignment.K + 1:
-        raise InputError(f"--captions {args.captions}: {len(captions)} rows are too few for {alignment.K} neighbours")
+    classification = segmentation = None
+    pairs = captions = []
+    if args.classification or drawn:
+        classification = features.classification_data(args.classification, args.n, args.seed, args.world)
+    if args.segmentation or drawn:
+        segmentation = features.segmentation_data(args.segmentation, args.n, args.seed, args.world)
+    if args.maps or drawn and runs:
+        source = args.maps or own_world
+        pairs = data.load(source, "pairs", max(1, args.n // 10) if data.is_drawn(source) else None, args.seed)
+        if any(not pairs[i].get("box") for i in range(len(pairs))):
+            raise InputError(f"--maps {source}: every row needs a 'box' (x0, y0, x1, y1 in pixels)")
+    if args.captions or drawn and llms:
+        source = args.captions or own_world
+        n = max(4 * alignment.K, args.n // 5) if data.is_drawn(source) else args.n
+        captions = data.load(source, "captions", n, args.seed)
+        if len(captions) <= alignment.K + 1:
+            raise InputError(f"--captions {source}: {len(captions)} rows are too few for {alignment.K} neighbours")
+    any_pictures = classification[2] if classification else segmentation[2] if segmentation else \
+        Pictures(captions or pairs)
+    return classification, segmentation, pairs, captions, any_pictures
+
+
+def main():
+    args = parser.parse_args()
+    common.check_out(args.out)
+    device, autocast = common.setup(args.seed, "highest")                               # line searches mind rounding
+    names, runs = common.names(args.encoders), [source for source in args.encoders if features.is_run(source)]
+    first, llms = names[0], args.llms or runs[:1]
+    cache = args.cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "features")
+    classification, segmentation, pairs, captions, any_pictures = sets_to_ask_of(args, runs, llms)
     texts = [captions[i]["caption"] for i in range(len(captions))]
-    to_words = {name: alignment.neighbours(alignment.text_features(llm, texts, device, autocast))
-                for name, llm in zip(common.names(llms), llms)} if texts else {}
-    any_pictures = next(p for p in (classification and classification[2], segmentation and segmentation[2],
-                                    Pictures(captions or pairs)) if p)
+    words = {name: alignment.neighbours(alignment.text_features(llm, texts, device, autocast))
+             for name, llm in zip(common.names(llms), llms)} if texts else {}           # {LLM: (L,n,k)}
 
     # ---- encoder by encoder
     rows = [(name, source, None) for name, source in zip(names, args.encoders)]         # of a random one: which draw
@@ -286,24 +294,21 @@ def main():
             if classification:
                 values.update(classify_pictures(frozen, classification, args, n_seeds))
             if segmentation:
-                found, predicted, true = segment_pictures(frozen, segmentation, args, n_seeds)
+                found, *predictions[name] = segment_pictures(frozen, segmentation, args, n_seeds)
                 if start and frozen.grid != start["grid"]:                              # other patches, other truth
                     found = {f"{m}, {frozen.grid[0]}x{frozen.grid[1]} patches": v for m, v in found.items()}
                 values.update(found)
-                predictions[name] = (predicted, true, frozen.grid)
-            if texts:
-                by_layer = alignment.neighbours(torch.from_numpy(np.array(frozen(Pictures(captions), "layers"))))
-                for llm, words in to_words.items():
-                    found, layer_pairs[f"{name}, {llm}"] = alignment.alignment(by_layer, words)
-                    values.update({f"alignment {llm}, {which}": (v, mean) for which, v in found.items()})
-            if records and isinstance(encoder, MLLM) and draw is None:                  # no LLM reads a random encoder
+            for llm, by_caption in words.items():
+                by_picture = alignment.neighbours(torch.from_numpy(np.array(frozen(Pictures(captions), "layers"))))
+                found, layer_pairs[f"{name}, {llm}"] = alignment.alignment(by_picture, by_caption)
+                values.update({f"alignment {llm}, {which}": (v, mean) for which, v in found.items()})
+            if pairs and isinstance(encoder, MLLM) and draw is None:                    # no LLM reads a random encoder
                 reference = margins_of.get(parent_of(source))                           # else the run is its own
                 scores, drawn_maps, margins_of[os.path.realpath(source)] = maps.map_scores(
-                    encoder, data.Collator(pairs, encoder, ("chosen", "rejected")), records,
-                    max(1, args.batch_size // 8), autocast, f"{name} maps", reference, args.beta)
+                    encoder, pairs, max(1, args.batch_size // 8), autocast, f"{name} maps", reference, args.beta)
                 values.update(map_values(scores))
                 for file, places in (("maps", ["tokens"]), ("pixel_maps", ["pixels", "input"])):
-                    figures.draw_maps(os.path.join(folder, f"{file}_{name}.png"), records, drawn_maps, name, places)
+                    figures.draw_maps(os.path.join(folder, f"{file}_{name}.png"), pairs, drawn_maps, name, places)
             earlier = table.get(name, {})                                               # draws of a random one
             table[name] = {m: (np.concatenate([earlier[m][0], v]) if m in earlier else v, statistic)
                            for m, (v, statistic) in values.items()}
@@ -316,13 +321,13 @@ def main():
                 "cka": alignment.linear_cka(start["tokens"], tokens, device)
                 if encoder.grid == start["patches"] else None}
 
+        # ---- one table, one JSON, the pictures
         table = {name: table[name] for name, _, _ in sorted(rows, key=lambda row: row[2] is None)}  # random ones first
         result, guess = summarise(table, first, args.seed), chance(classification, captions)
         with open(os.path.join(folder, "results.json"), "w") as f:
             json.dump({"args": vars(args), "versions": common.versions(), "table": result, "movement": movement,
                        "alignment_layers": layer_pairs, "chance": guess}, f, indent=1)
-        if any(result.values()):
-            figures.draw_bars(os.path.join(folder, "probe.png"), result, guess)
+        figures.draw_bars(os.path.join(folder, "probe.png"), result, guess)
         figures.draw_movement(os.path.join(folder, "movement.png"), movement, first)
         if segmentation:
             figures.draw_segmentation(os.path.join(folder, "segmentation.png"), segmentation[2],
@@ -332,7 +337,7 @@ def main():
     if guess:
         print(f"\nchance, %: {', '.join(f'{measure} {100 * value:.1f}' for measure, value in guess.items())}")
     print(f"wrote {args.out}: results.json, probe.png, movement.png" + ", segmentation.png" * bool(segmentation)
-          + ", maps_*.png, pixel_maps_*.png" * bool(records))
+          + ", maps_*.png, pixel_maps_*.png" * bool(pairs))
 
 
 def chance(classification, captions):

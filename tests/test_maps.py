@@ -130,8 +130,8 @@ def test_pointing_game_takes_the_middle_of_the_strongest_cell():
 def test_scores_of_a_set_by_hand(batch_size, model, rows, batch):
     # whatever the batch: each picture keeps its own reference, map, box and size
     records = [rows[i] for i in range(3)]
-    collator = data.Collator(rows, model, ("chosen", "rejected"))
-    scores, found, margins = maps.map_scores(model, collator, records, batch_size, contextlib.nullcontext, "maps", REFERENCE, BETA)
+    three = data.Rows(rows.source, records, "pairs")
+    scores, found, margins = maps.map_scores(model, three, batch_size, contextlib.nullcontext, "maps", REFERENCE, BETA)
     direct, expected = maps.gradient_maps(model, batch, REFERENCE, BETA)
     close(margins, expected)
     side = 3 // model.pool
@@ -165,4 +165,4 @@ def test_a_pair_that_cannot_be_used_is_named(make):
     model, row = make(), {"image": Image.new("RGB", (24, 24)), "question": "?", "chosen": "a", "rejected": "b", "box": (0, 0, 9, 9)}
     rows = data.Rows("own", [row, {**row, "rejected": "word " * 3000}], "pairs")
     with pytest.raises(InputError, match="own row 1: .* tokens"):
-        maps.map_scores(model, data.Collator(rows, model, ("chosen", "rejected")), [rows[0], rows[1]], 2, contextlib.nullcontext, "maps")
+        maps.map_scores(model, rows, 2, contextlib.nullcontext, "maps")

@@ -515,8 +515,7 @@ def test_the_run_that_a_run_came_from_is_its_reference(make, tmp_path, monkeypat
         model.save(run, {"parent": parent})
     table = run_probe(monkeypatch, tmp_path / "out", *runs, "--maps", "scenes/test/maps", "--n", 20, "--beta", 2)["table"]
     rows = data.load("scenes/test/maps", "pairs", 2)
-    scores = lambda model, reference: maps.map_scores(model, data.Collator(rows, model, ("chosen", "rejected")), [rows[0], rows[1]], 2,
-                                                      contextlib.nullcontext, "", reference, beta=2)
+    scores = lambda model, reference: maps.map_scores(model, rows, 2, contextlib.nullcontext, "", reference, beta=2)
     margins = scores(models[0], None)[2]
     expected = [scores(model, reference)[0]["energy_DPO_loss_tokens"].sum(0) for model, reference in zip(models, (None, margins, None))]
     for run, (inside, all_of_it) in zip(runs, expected):
