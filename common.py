@@ -266,16 +266,21 @@ def whole_folder(out):
     folder = out.rstrip("/") + ".tmp"
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    yield folder
-    os.rename(folder, out)
+    try:
+        yield folder
+        os.rename(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def names(runs):
     """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
     last = [os.path.basename(run.rstrip("/")) for run in runs]
     clear = len({*last, "random"}) == len(last) + 1  # "random" is the name of probe.py's first row
-    if len(set(runs)) < len(runs):
-        raise InputError(f"{max(runs, key=runs.count)} is named twice")
+    places = [os.path.realpath(run) for run in runs]
+    if len(set(places)) < len(runs):
+        raise InputError(f"{max(places, key=places.count)} is named twice")
     return last if clear else [run.strip("/").replace("/", "_") + "_run" * (run == "random") for run in runs]
 
 

@@ -159,7 +159,9 @@ def groups(results):
     """{name: row numbers}: everything, each category, each kind"""
     found = {"all": list(range(len(results)))}
     for i, result in enumerate(results):
-        for name in {result["category"], result["kind"]} - {None}:
+        for name in dict.fromkeys((result["category"], result["kind"])):
+            if name is None:
+                continue
             found.setdefault(name, []).append(i)
     return found
 

@@ -365,19 +365,19 @@ class Frozen:
                 done = int(f.read())
         array = np.load(part, mmap_mode="r+")                                           # two may fill it, with the same
         loader = DataLoader(range(done, len(pictures)), self.batch_size, collate_fn=to_batch, num_workers=self.workers)
-        bar, saved = tqdm(total=len(pictures), initial=done, desc=f"{self.name} {what}", unit="picture"), time.time()
-        for batch in loader:
-            pixels = sure(batch)
-            array[done:done + len(pixels)] = self.read(pixels.to(self.encoder.device), what)
-            done += len(pixels)
-            bar.update(len(pixels))
-            if time.time() - saved > 10 or done == len(pictures):
-                array.flush()
-                with open(f"{count}.{os.getpid()}", "w") as f:
-                    f.write(str(done))
-                os.replace(f.name, count)
-                saved = time.time()
-        bar.close()
+        saved = time.time()
+        with tqdm(total=len(pictures), initial=done, desc=f"{self.name} {what}", unit="picture") as bar:
+            for batch in loader:
+                pixels = sure(batch)
+                array[done:done + len(pixels)] = self.read(pixels.to(self.encoder.device), what)
+                done += len(pixels)
+                bar.update(len(pixels))
+                if time.time() - saved > 10 or done == len(pictures):                   # a kill loses ten seconds
+                    array.flush()
+                    with open(f"{count}.{os.getpid()}", "w") as f:
+                        f.write(str(done))
+                    os.replace(f.name, count)
+                    saved = time.time()
         with contextlib.suppress(FileNotFoundError):                                    # another process was faster
             os.replace(part, path)
         with contextlib.suppress(FileNotFoundError):

@@ -9,6 +9,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after use(): no window system is needed
 
 
+def color_of(name, names):
+    """One colour an arm in all pictures, as in report.py; others in turn"""
+    known = {"random": "0.7", "stage1": "black", "start": "black", "more": "0.45", "sft": "tab:orange",
+             "dpo": "tab:blue"}
+    others = [n for n in names if n.split("_")[0] not in known]
+    return known.get(name.split("_")[0]) or f"C{2 + others.index(name) % 8}"
+
+
 def canvas(lines, columns, width, height):
     """A figure with a grid of panels, each `width` x `height` inches -> figure, axes (lines, columns)"""
     return plt.subplots(lines, columns, figsize=(width * columns, height * lines + .4), squeeze=False,
@@ -42,22 +50,21 @@ def draw_bars(path, result, chance):
         for x, row in enumerate(rows):
             cell = result[row][measure]
             value, low, high = (100 * v for v in cell["value"])
-            color = "0.7" if row.startswith("random") else f"C{list(result).index(row) % 10}"
-            axis.bar(x, value, color=color, alpha=.75)
+            axis.bar(x, value, color=color_of(row, list(result)), alpha=.75)
             axis.plot([x, x], [low, high], color="black", linewidth=1)
-            axis.scatter([x] * len(cell["per_seed"]), 100 * np.array(cell["per_seed"]), s=9, color="black", zorder=3)
+            axis.scatter([x] * len(cell["per_seed"]), 100 * np.array(cell["per_seed"]), s=9, color="red", zorder=3)
         baseline = baselines.get(measure) or baselines.get(measure.split("_")[0])
         level = result[rows[-1]][baseline]["value"][0] if baseline else \
             next((share for name, share in chance.items() if name in measure), None)
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle="--", linewidth=.8)
         axis.set_xticks(range(len(rows)), [textwrap.shorten(row, 14, placeholder="…") for row in rows], fontsize=7,
-                        rotation=30 if len(rows) > 4 else 0)
+                        **({"rotation": 30, "ha": "right"} if len(rows) > 4 else {}))
         axis.set_title(textwrap.fill(measure.replace("_", " "), 34), fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.set_ylabel("%", fontsize=7)
-    figure.suptitle("bar: mean over probe seeds (dots); line: 95 % interval over test pictures; dashed: chance",
-                    fontsize=9)
+    figure.suptitle("bar: mean over probe seeds (dots); line: 95 % interval over test pictures; dashed: commonest "
+                    "class, captions shuffled, area of the box, pointing at the centre", fontsize=9)
     save(figure, path)
 
 
@@ -134,12 +141,12 @@ def draw_movement(path, movement, first):
         axis.set_title(f"linear CKA, {first} and {name}", fontsize=8)
     figure.colorbar(image, ax=maps, shrink=.8)
     for name, m in movement.items():
-        style = {"color": "0.6" if name.startswith("random") else None, "marker": "o", "markersize": 3, "label": name}
+        style = {"color": color_of(name, list(movement)), "marker": "o", "markersize": 3, "label": name}
         if m["cka"] and name != first and len(m["cka"]) == len(m["cka"][0]):
             same.plot(range(1, len(m["cka"]) + 1), np.diag(m["cka"]), **style)
         if m["drift"] and name != first:
             drift.plot(range(len(m["drift"])), [max(d, 1e-8) for d in m["drift"]], **style)
-    same.set_title("CKA of equal layers", fontsize=8)
+    same.set_title("CKA of equal layers (encoders of equal depth)", fontsize=8)
     drift.set_title(f"drift of weights from {first}", fontsize=8)
     drift.set_ylabel("|w - w0| / |w0|", fontsize=8)
     for axis, label in ((same, "layer"), (drift, "layer (0: embeddings)")):

@@ -207,12 +207,14 @@ def opened(loader, name, **how):
     """`loader.from_pretrained(name)`, with an error that names what cannot be opened"""
     try:
         return loader.from_pretrained(name, **how)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
 def open_vision(name):
     """Hub id or folder of a vision encoder -> transformers model in fp32, image processor"""
+    if os.path.isdir(name) and os.path.isdir(os.path.join(name, "vision")):
+        raise InputError(f"{name} is a run directory; its vision encoder is {os.path.join(name, 'vision')}")
     model_type = opened(AutoConfig, name).model_type
     if model_type not in VISION_FAMILIES:
         raise InputError(f"{name}: vision encoders of type '{model_type}' are not supported; "

@@ -221,6 +221,10 @@ def print_result(result, first):
             lines = [line for line in lines if any(line[1:])]
             if lines:
                 common.print_table(heading, ["", *shown], lines)
+    if of_maps:
+        print("\nenergy: share of the gradient in the box; point: largest gradient in the box; _chosen, _difference, "
+              "_SFT_loss, _DPO_loss: of what;\n_tokens, _pixels, _input: at image tokens, at pixels, pixels x input; "
+              "area, centre, point_centre: what a map without eyes would reach")
 
 
 def parent_of(run):
@@ -230,9 +234,19 @@ def parent_of(run):
     return parent and os.path.realpath(parent)
 
 
+def check_box(record, name):
+    """Raises InputError unless the record's box (x0, y0, x1, y1) lies in its picture"""
+    (W, H), box = record["image"].size, record.get("box")
+    if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
+            and 0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H):
+        raise InputError(f"{name}: 'box' is {box}; it must be x0, y0, x1, y1 in pixels of a picture of {W}x{H}")
+
+
 def sets_to_ask_of(args, runs, llms):
     """The sets that were named, or all of the drawn world -> what `features.classification_data` and
     `features.segmentation_data` give, or None; pairs and captions (`data.Rows`, or []); pictures for the movement"""
+    if args.seeds < 1 or args.n < 1:
+        raise InputError("--seeds and --n must be at least 1")
     if args.through_connector and len(runs) < len(args.encoders):
         raise InputError("--through_connector: only run directories have a connector; leave other encoders out")
     if args.maps and not runs:
@@ -250,8 +264,8 @@ def sets_to_ask_of(args, runs, llms):
     if args.maps or drawn and runs:
         source = args.maps or own_world
         pairs = data.load(source, "pairs", max(1, args.n // 10) if data.is_drawn(source) else None, args.seed)
-        if any(not pairs[i].get("box") for i in range(len(pairs))):
-            raise InputError(f"--maps {source}: every row needs a 'box' (x0, y0, x1, y1 in pixels)")
+        for i in range(len(pairs)):
+            check_box(pairs[i], f"--maps {source} row {i}")
     if args.captions or drawn and llms:
         source = args.captions or own_world
         n = max(4 * alignment.K, args.n // 5) if data.is_drawn(source) else args.n
@@ -312,6 +326,8 @@ def main():
             earlier = table.get(name, {})                                               # draws of a random one
             table[name] = {m: (np.concatenate([earlier[m][0], v]) if m in earlier else v, statistic)
                            for m, (v, statistic) in values.items()}
+            if draw:                                                                    # one draw is enough below
+                continue
             state = {key: value.cpu() for key, value in encoder.vision.state_dict().items()}
             tokens = alignment.sample_layers(frozen, any_pictures, seed=args.seed)
             start = start or {"state": state, "tokens": tokens, "shape": shape, "grid": frozen.grid,
@@ -322,7 +338,8 @@ def main():
                 if encoder.grid == start["patches"] else None}
 
         # ---- one table, one JSON, the pictures
-        table = {name: table[name] for name, _, _ in sorted(rows, key=lambda row: row[2] is None)}  # random ones first
+        rows.sort(key=lambda row: row[2] is None)                                       # random ones first
+        table, movement = ({name: found[name] for name, _, _ in rows} for found in (table, movement))
         result, guess = summarise(table, first, args.seed), chance(classification, captions)
         with open(os.path.join(folder, "results.json"), "w") as f:
             json.dump({"args": vars(args), "versions": common.versions(), "table": result, "movement": movement,
@@ -346,7 +363,7 @@ def chance(classification, captions):
     found = {}
     if classification:
         shares = np.sort(np.bincount(classification[3]) / len(classification[3]))[::-1]
-        found = {"top-1": float(shares[0]), "top-5": float(shares[:5].sum())}
+        found = {"top-1": float(shares[0])} | ({"top-5": float(shares[:5].sum())} if len(shares) >= 10 else {})
     return found | ({"alignment": alignment.K / (len(captions) - 1)} if len(captions) else {})
 
 
@@ -358,7 +375,8 @@ def print_movement(movement, first):
         same = [f"{m['cka'][i][i]:.4f}" if m["cka"] and i < len(m["cka"][i]) else "" for i in range(depth)]
         lines.append([name, *drift, *same])
     layers = range(1, depth + 1)
-    common.print_table(f"movement from {first}: relative drift of weights, linear CKA of patch tokens", [
+    common.print_table(f"movement from {first}: relative drift of weights, linear CKA of patch tokens "
+                       "(random: one draw)", [
         "", "drift, embeddings", *(f"drift, layer {i}" for i in layers), *(f"CKA, layer {i}" for i in layers)], lines)
 
 

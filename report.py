@@ -152,7 +152,8 @@ def draw(path, result, seeds, text):
         axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=6.5)
         axis.set_title(textwrap.fill(MEASURES[measure][0], 26), fontsize=9)
         axis.set_ylabel("%", fontsize=8)
-        axis.set_ylim(0, 100)
+        axis.set_xlim(-.6, len(ARMS) - .4)
+        axis.set_ylim(0, 103)
 
     axis = figure.add_subplot(grid[1, :2])
     shown = ("restricted", "swap", "classification", "mIoU")
@@ -253,15 +254,17 @@ def draw_transplant(path, values):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    colors = ("0.6", "black", "tab:gray", "tab:orange", "tab:blue", "tab:green")  # as in the study's report
     figure, axes = plt.subplots(2, len(COLUMNS) // 2, figsize=(2 * len(COLUMNS), 6), layout="constrained")
     for axis, (key, heading) in zip(axes.T.flat, COLUMNS.items()):
         for x, encoder in enumerate(ENCODERS):
             v = 100 * np.array(values.get((encoder, *key), []))
             if len(v):
-                axis.plot([x - .3, x + .3], [v.mean()] * 2, color=f"C{x}", linewidth=2)
-                axis.scatter([x] * len(v), v, color=f"C{x}", s=18, zorder=3)
+                axis.plot([x - .3, x + .3], [v.mean()] * 2, color=colors[x], linewidth=2)
+                axis.scatter([x] * len(v), v, color=colors[x], s=18, zorder=3)
         axis.set_xticks(range(len(ENCODERS)), [name.replace(" ", "\n") for name in ENCODERS.values()], fontsize=6.5)
         axis.set_title(heading, fontsize=9)
+        axis.set_xlim(-.6, len(ENCODERS) - .4)
         axis.set_ylim(0, 103)
         axis.set_ylabel("%" if key[0] == "probe" else "% right among candidates", fontsize=8)
     figure.suptitle("the transplant: a fresh LLM learns to read each frozen encoder (dots: seeds)", fontsize=10)
