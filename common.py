@@ -224,10 +224,11 @@ class Run:
         self.log(step, {**values, **more()})
         return True
 
-    def count_flops(self, batches):
-        """Passes on the micro-batches of a step; in the first step the floating-point operations of the loop around it
-        are counted. In every step, counting would cost time."""
-        if self.step_flops is not None:
+    def count_flops(self, step, batches):
+        """Passes on the micro-batches of a step; in the second step the floating-point operations of the loop around it
+        are counted (counting always would cost time, and as it sets compiled code aside, the first step of DPO would
+        not be log 2 to the last bit)."""
+        if self.step_flops is not None or step == 0 < self.total_steps - 1:
             yield from batches
             return
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:
@@ -254,7 +255,7 @@ class Run:
         self.check()
         self.file.close()
         self.settings["seconds"] = round(time.time() - self.began, 1)
-        self.settings["flops"] = self.step_flops * self.total_steps  # as if every step were as long as the first
+        self.settings["flops"] = self.step_flops and self.step_flops * self.total_steps  # as if all were as that step
         self.model.write(self.folder, self.settings)
         os.rename(self.folder, self.out)
         print(f"saved       {self.out}  ({self.settings['seconds']:.0f} s)")

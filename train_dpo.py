@@ -188,7 +188,7 @@ def main():
         n_pairs = sum(len(batch.rows) for batch in step_batches)
         n_chosen_tokens = sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches)
         sums = {}
-        for batch in run.count_flops(step_batches):
+        for batch in run.count_flops(step, step_batches):
             batch = batch.to(device)
             reference_logps = reference(batch).to(device, non_blocking=True)    # (2B,) of B pairs
             with autocast():

@@ -136,7 +136,7 @@ def main():
             continue  # every row of the step was dropped, and said so
         n_tokens = sum(len(batch.targets) for batch in step_batches)
         loss = 0.0
-        for batch in run.count_flops(step_batches):
+        for batch in run.count_flops(step, step_batches):
             with autocast():
                 logps = model.response_logps(batch.to(device))                  # (M,)
             micro_loss = -logps.sum() / n_tokens                                # its share in the step's token mean

@@ -109,12 +109,13 @@ def test_transplanted_encoder_is_frozen_and_read_at_its_own_layer(make, llm_dirs
     assert not torch.equal(new.llm.get_input_embeddings().weight, make().llm.get_input_embeddings().weight)
 
 
-def test_flops_are_those_of_the_first_step_times_the_steps(start_run, tmp_path):
+def test_flops_are_those_of_the_second_step_times_the_steps(start_run, tmp_path):
     # a matrix product by hand: 2 m n k forward, twice that backward (the input has a gradient too)
     args = train_sft.parser.parse_args(["--out", str(tmp_path / "out")])
     run, layer = common.Run(args, MLLM.load(start_run), 5), nn.Linear(30, 20, bias=False)
-    for sizes in ((7, 3), (11,), (13,)):
-        for m in run.count_flops(sizes):
+    for step, sizes in enumerate(((11,), (7, 3), (13,))):
+        for m in run.count_flops(step, sizes):
+            assert bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack()) == (step == 1)  # elsewhere nothing is in the way
             layer(torch.randn(m, 30, requires_grad=True)).sum().backward()
     assert run.step_flops == 3 * 2 * (7 + 3) * 30 * 20
     run.finish()
@@ -176,3 +177,14 @@ def test_transplant_report_is_paired_within_a_seed(tmp_path, capsys):
     assert row["minus_start"]["high"] - row["minus_start"]["low"] == pytest.approx(2 * half)
     assert found["rows"]["large, probe, logistic top-1"]["per_seed"] == [0, .1]
     assert "random, 1+1, shape" not in found["rows"] and (tmp_path / "out" / "report.png").stat().st_size > 20_000
+
+
+def test_dpo_starts_at_zero_to_the_last_bit_while_operations_are_counted(start_run, tmp_path, monkeypatch):
+    # compiled, as users run it: counting sets compiled code aside, and must not do so where reference and policy are still equal
+    import train_dpo
+    monkeypatch.setattr("sys.argv", ["train_dpo.py", "--init", str(start_run), "--n", "8", "--batch_size", "4", "--epochs", "1", "--log_every", "1",
+                                     "--out", str(tmp_path / "dpo")])
+    train_dpo.main()
+    first = json.loads(open(tmp_path / "dpo" / "log.jsonl").readline())
+    assert first["chosen_reward"] == first["rejected_reward"] == 0 and first["accuracy"] == .5
+    assert json.load(open(tmp_path / "dpo" / "config.json"))["flops"] > 0
