@@ -86,7 +86,7 @@ def sample_layers(frozen, pictures, n_rows=4096, seed=0):
     n = min(len(pictures), 512)
     places = torch.from_numpy(np.stack([rng.permutation(N)[:max(1, n_rows // n)] for _ in range(n)]))    # (n,r)
     for at in tqdm(range(0, n, frozen.batch_size), desc=f"{frozen.name} layers"):
-        images = [pictures[i].convert("RGB") for i in range(at, min(at + frozen.batch_size, n))]
+        images = [pictures[i] for i in range(at, min(at + frozen.batch_size, n))]
         with frozen.autocast():
             tokens = features.layers(encoder, features.squash(encoder, images).to(encoder.device))      # (B,L,N,D)
         at_places = places[at:at + len(images), None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])

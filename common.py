@@ -226,8 +226,8 @@ class Run:
 
     def count_flops(self, step, batches):
         """Passes on the micro-batches of a step; in the second step the floating-point operations of the loop around it
-        are counted (counting always would cost time, and as it sets compiled code aside, the first step of DPO would
-        not be log 2 to the last bit)."""
+        are counted: counting always would cost time, and as it sets compiled code aside, DPO's rewards would not be 0
+        to the last bit in the first step."""
         if self.step_flops is not None or step == 0 < self.total_steps - 1:
             yield from batches
             return

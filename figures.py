@@ -1,4 +1,4 @@
-"""The pictures that probe.py draws: bars with dots, gradient maps, segmentations, and what moved."""
+"""The pictures of probe.py, in the colours of all: bars with dots, gradient maps, segmentations, and what moved."""
 import math
 import textwrap
 
@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt  # after use(): no window system is needed
 
 
 def color_of(name, names):
-    """One colour an arm in all pictures, as in report.py; others in turn"""
-    known = {"random": "0.7", "stage1": "black", "start": "black", "more": "0.45", "sft": "tab:orange",
+    """One colour an arm in all pictures; others in turn"""
+    known = {"random": "0.6", "stage1": "black", "start": "black", "more": "tab:gray", "sft": "tab:orange",
              "dpo": "tab:blue"}
     others = [n for n in names if n.split("_")[0] not in known]
     return known.get(name.split("_")[0]) or f"C{2 + others.index(name) % 8}"
@@ -100,7 +100,7 @@ def draw_segmentation(path, pictures, predictions, n=6):
     (_, truth, truth_grid), *_ = predictions.values()
     rows = [("truth, by patch", truth, truth_grid), *((name, p, grid) for name, (p, _, grid) in predictions.items())]
     for column, i in enumerate(chosen):
-        image = pictures[i].convert("RGB")
+        image = pictures[i]
         extent = (0, image.width, image.height, 0)
         for axis in axes[:, column]:
             blank(axis)

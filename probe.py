@@ -30,6 +30,7 @@ bootstrap interval over test pictures. A random encoder of the same shape is alw
 the first encoder is what the others are compared with.
 """
 import argparse
+import functools
 import json
 import os
 
@@ -105,6 +106,7 @@ def patch_labels(mask, grid, patch, void):
     return np.where(counts.sum(1) > 0, counts.argmax(1), -1)
 
 
+@functools.lru_cache(maxsize=4)  # most encoders have one grid: masks are read once
 def labels_of(masks, grid, patch, void):
     """Pictures of labels -> (n,N)"""
     return np.stack([patch_labels(masks.mask(i), grid, patch, void)
@@ -312,8 +314,9 @@ def main():
                 if start and frozen.grid != start["grid"]:                              # other patches, other truth
                     found = {f"{m}, {frozen.grid[0]}x{frozen.grid[1]} patches": v for m, v in found.items()}
                 values.update(found)
-            for llm, by_caption in words.items():
+            if words:
                 by_picture = alignment.neighbours(torch.from_numpy(np.array(frozen(Pictures(captions), "layers"))))
+            for llm, by_caption in words.items():
                 found, layer_pairs[f"{name}, {llm}"] = alignment.alignment(by_picture, by_caption)
                 values.update({f"alignment {llm}, {which}": (v, mean) for which, v in found.items()})
             if pairs and isinstance(encoder, MLLM) and draw is None:                    # no LLM reads a random encoder

@@ -5,20 +5,22 @@ The study in one table and one picture: what probe.py and eval_vqa.py found for 
     python report.py runs/transplant/seed0 --transplant --out runs/transplant       after transplant.sh (likewise)
 
 Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of SEED/sft and SEED/dpo; of a transplant,
-SEED/vqa/results.json and the FLOPs in config.json of its runs. Writes OUT/report.json and OUT/report.png. Rows are
-means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from one seed no difference
-between arms is claimed, because training again with another seed moves every number.
+results.json in SEED/vqa and SEED/probe and the FLOPs in config.json of its runs. Writes OUT/report.json and
+OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from
+one seed no difference between arms is claimed, because training again with another seed moves every number.
 """
 import argparse
 import json
 import os
+import textwrap
 
 import numpy as np
 
 import common
+from figures import color_of, plt
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("seeds", nargs="+", help="one folder a seed, each with stage1, more, sft, dpo, probe, vqa and swap")
+parser.add_argument("seeds", nargs="+", help="one folder a seed, as speedrun.sh or transplant.sh makes it")
 parser.add_argument("--out", required=True, help="folder for report.json and report.png")
 parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")
 
@@ -133,14 +135,9 @@ def read_log(path):
 
 def draw(path, result, seeds, text):
     """The picture: dots of every arm and seed, paired differences, training curves, gradient maps at equal weights"""
-    import textwrap
-
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     figure = plt.figure(figsize=(13, 14))
     grid = figure.add_gridspec(4, 4, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
-    colors = dict(zip(ARMS, ("0.6", "black", "tab:gray", "tab:orange", "tab:blue")))
+    colors = {arm: color_of(arm, list(ARMS)) for arm in ARMS}
 
     for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU")):
         axis = figure.add_subplot(grid[0, column])
@@ -251,17 +248,13 @@ def report_transplant(seeds, out):
 
 def draw_transplant(path, values):
     """A panel a connector and kind of question, or a probe; a column an encoder, a dot a seed"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    colors = ("0.6", "black", "tab:gray", "tab:orange", "tab:blue", "tab:green")  # as in the study's report
     figure, axes = plt.subplots(2, len(COLUMNS) // 2, figsize=(2 * len(COLUMNS), 6), layout="constrained")
     for axis, (key, heading) in zip(axes.T.flat, COLUMNS.items()):
         for x, encoder in enumerate(ENCODERS):
-            v = 100 * np.array(values.get((encoder, *key), []))
+            v, color = 100 * np.array(values.get((encoder, *key), [])), color_of(encoder, list(ENCODERS))
             if len(v):
-                axis.plot([x - .3, x + .3], [v.mean()] * 2, color=colors[x], linewidth=2)
-                axis.scatter([x] * len(v), v, color=colors[x], s=18, zorder=3)
+                axis.plot([x - .3, x + .3], [v.mean()] * 2, color=color, linewidth=2)
+                axis.scatter([x] * len(v), v, color=color, s=18, zorder=3)
         axis.set_xticks(range(len(ENCODERS)), [name.replace(" ", "\n") for name in ENCODERS.values()], fontsize=6.5)
         axis.set_title(heading, fontsize=9)
         axis.set_xlim(-.6, len(ENCODERS) - .4)
