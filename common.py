@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -39,7 +40,13 @@ def add_training_flags(parser, lr, epochs, batch_size):
     """The flags that every train_*.py has, with the stage's own defaults."""
     add = parser.add_argument
     add("--out", required=True, help="run directory to write; must not exist")
-    add("--n", type=int, help="use only the first N rows of --data (of the drawn world: draw N rows, default 20000)")
+    add("--n", type=int,
+        help="use only the first N rows of each --data (of the drawn world: draw N rows, default 20000)")
+    add("--weights", type=float, nargs="+",
+        help="one number for each of several --data: its share of the pictures (default: as many as it has)")
+    add("--stream", type=int, metavar="BUFFER",
+        help="read hub and parquet data as a stream, shuffled in a buffer of this many rows, instead of downloading it "
+             "first; needs --steps")
     add("--epochs", type=int, default=epochs, help="passes over the rows")
     add("--steps", type=int,
         help="stop after this many optimiser steps, in as many passes as they take (default: --epochs passes)")
@@ -72,6 +79,9 @@ def add_training_flags(parser, lr, epochs, batch_size):
              "a CPU (default: 8 on a GPU, else 0)")
     add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
     add("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
+    add("--report_to", choices=("tensorboard", "wandb", "trackio"),
+        help="pass those lines on to this package as well, if it is installed (files of its own end up in OUT; trackio "
+             "keeps its data base in the hub's cache)")
 
 
 def setup(seed, matmul="high"):
@@ -194,6 +204,22 @@ class Drift:
         return drift
 
 
+def tracker(package, folder, name, settings):
+    """Opens an experiment tracker -> log(step, values), close(). Each of them is an optional package."""
+    try:
+        if package == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(os.path.join(folder, "tensorboard"))
+            return lambda step, values: [writer.add_scalar(*each, step) for each in values.items()], writer.close
+        found = importlib.import_module(package)  # wandb and trackio answer to the same three calls
+    except ImportError:
+        raise InputError(f"--report_to {package} needs that package: pip install {package}") from None
+    os.makedirs(folder)
+    os.environ.setdefault("WANDB_DIR", folder)
+    found.init(project="nanopivot", name=name, config=settings)
+    return lambda step, values: found.log(values, step=step), found.finish
+
+
 class Run:
     """A run directory in the making: OUT.tmp with a growing log.jsonl, renamed to OUT when all is written.
 
@@ -201,11 +227,15 @@ class Run:
 
     def __init__(self, args, model, total_steps, **more):
         self.out, self.folder, self.model = args.out, args.out.rstrip("/") + ".tmp", model
-        self.log_every, self.total_steps, self.unread, self.step_flops = args.log_every, total_steps, [], None
+        self.log_every, self.total_steps, self.step_flops = args.log_every, total_steps, None
+        self.unread, self.n_trained = [], 0
         self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
                          "total_steps": total_steps, **more}
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.makedirs(self.folder)
+        self.report, self.end_report = (lambda step, values: None), (lambda: None)
+        if args.report_to:
+            self.report, self.end_report = tracker(args.report_to, self.folder, self.out, self.settings)
+        os.makedirs(self.folder, exist_ok=True)
         self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "w"), time.time()
         print(f"settings    {json.dumps(vars(args))}")
         for name, part in model.parts().items():
@@ -217,6 +247,7 @@ class Run:
 
         They are read every --log_every steps and at the last, and then the step's line is logged with what `more()`
         adds. -> was it logged?"""
+        self.n_trained += 1
         self.unread.append((step, torch.stack([values["loss"], values["grad_norm"]])))
         if step % self.log_every and step != self.total_steps - 1:
             return False
@@ -250,10 +281,14 @@ class Run:
         values = {k: round(v, 6) if abs(v) > 1e-3 else v for k, v in values.items()}
         self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 2), **values}) + "\n")
         self.file.flush()
+        self.report(step, values)
 
     def finish(self):
         self.check()
         self.file.close()
+        self.end_report()
+        if not self.n_trained:
+            raise SystemExit(f"--data {' '.join(self.settings['args']['data'])}: not one row could be used")
         self.settings["seconds"] = round(time.time() - self.began, 1)
         self.settings["flops"] = self.step_flops and self.step_flops * self.total_steps  # as if all were as that step
         self.model.write(self.folder, self.settings)

@@ -206,7 +206,7 @@ def write_pairs(model, rows, args):
                 if not scores or max(scores) == min(scores):
                     n_flat += 1
                     continue
-                path = rows.rows[record["row"]].get("image")
+                path = rows.raw(rows.locate(record["row"])[0]).get("image")
                 if isinstance(path, str) and rows.folder is not None:
                     path = os.path.relpath(os.path.join(rows.folder, path), folder)
                 else:                                                       # a drawn or a hub picture has no file yet

@@ -28,6 +28,7 @@ import common
 import data
 import scenes
 from model import MLLM, Encoder, InputError, open_vision, to_pixels
+from sources import Lines
 
 VERSION = "1"  # of the features; raised when the code below would give others
 
@@ -167,7 +168,7 @@ class Pictures:
         rows = self.rows.rows if isinstance(self.rows, data.Rows) else self.rows
         if isinstance(rows, Dataset):
             return f"{rows._fingerprint} {self.column}"
-        if isinstance(rows, list):
+        if isinstance(rows, (list, Lines)):
             name = lambda row: row if isinstance(row, str) else row.get("image") or row["images"][0]
             paths = [os.path.join(getattr(self.rows, "folder", ""), name(row)) for row in rows]
             return common.digest(json.dumps([(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]))

@@ -11,9 +11,15 @@ reads, `response_logps` is the fast path that the losses use, and `logps` is the
 The fast path repeats nothing: responses that follow the same picture and question are read as branches of one sequence
 (`trees.py`), and `ResponseLogps` scores their tokens without ever holding all their logits.
 
+A trained run can be asked, and handed to others as a LLaVA folder (`artefacts.py`):
+
+    python model.py ask runs/dpo picture.png "what color is the ring?"
+    python model.py export runs/dpo exported
+
 Axes: B or I pictures, S packed rows, T row length, N' patches, N image tokens, M response tokens, R responses, D width,
 V vocabulary.
 """
+import copy
 import json
 import os
 import shutil
@@ -192,12 +198,15 @@ def check_branches(llm):
     visible, positions = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()[None, None], torch.tensor([[0, 1, 1]])
     last = lambda words, **more: llm.base_model(inputs_embeds=torch.stack(words)[None], use_cache=False,
                                                 **more).last_hidden_state[0, -1]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # --matmul may ask for bf16, and this is a comparison
     with torch.no_grad():
         alone = last([first, word])
         try:
             tree = last([first, sibling, word], attention_mask=attention_mask(visible), position_ids=positions)
         except Exception:  # each family that cannot has its own way of saying so
             tree = torch.full_like(alone, torch.nan)
+    torch.set_float32_matmul_precision(precision)
     if not torch.allclose(tree, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max())):
         raise InputError(f"LLMs of type '{llm.config.model_type}' cannot read trees (trees.py): their attention does "
                          "not follow the mask and the positions that it is given")
@@ -211,8 +220,9 @@ def opened(loader, name, **how):
         raise InputError(f"{name} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
-def open_vision(name):
-    """Hub id or folder of a vision encoder -> transformers model in fp32, image processor"""
+def open_vision(name, image_size=None):
+    """Hub id or folder of a vision encoder -> transformers model in fp32, image processor; for pictures of `image_size`
+    pixels a side if given"""
     if os.path.isdir(name) and os.path.isdir(os.path.join(name, "vision")):
         raise InputError(f"{name} is a run directory; its vision encoder is {os.path.join(name, 'vision')}")
     model_type = opened(AutoConfig, name).model_type
@@ -221,7 +231,32 @@ def open_vision(name):
                          f"known types: {', '.join(sorted(VISION_FAMILIES))}")
     family = VISION_FAMILIES[model_type][0]
     extra = {"add_pooling_layer": False} if family is ViTModel else {}  # MAE and most ViTs have no weights for it
-    return opened(family, name, dtype=torch.float32, **extra), opened(AutoImageProcessor, name)
+    vision, image_processor = opened(family, name, dtype=torch.float32, **extra), opened(AutoImageProcessor, name)
+    return resize(vision, image_processor, image_size, extra) if image_size else (vision, image_processor)
+
+
+def resize(vision, image_processor, size, extra):
+    """The same encoder for pictures of `size` x `size` pixels. Its table of positions is interpolated once, by the
+    encoder's own rule (bicubic), so that what is trained, saved and exported is an ordinary encoder of that size."""
+    patch, state = vision.config.patch_size, vision.state_dict()
+    if size % patch:
+        raise InputError(f"--image_size {size} is not a multiple of {patch}, the side of the encoder's patches")
+    name = next(name for name in state if name.endswith(("position_embedding.weight", "position_embeddings")))
+    embeddings = next(module for module in vision.modules() if hasattr(module, "interpolate_pos_encoding"))
+    n_special = VISION_FAMILIES[vision.config.model_type][1]
+    tokens = state[name].new_empty(1, n_special + (size // patch)**2, state[name].shape[-1])  # only their number counts
+    with torch.no_grad():
+        positions = embeddings.interpolate_pos_encoding(tokens, size, size)             # (1,N,D)
+    config = copy.deepcopy(vision.config)
+    config.image_size = size
+    resized = type(vision)(config, **extra)
+    resized.load_state_dict({**state, name: positions if state[name].ndim == 3 else positions[0]})
+    settings = image_processor.to_dict()
+    square = {"height": size, "width": size}
+    settings["size"] = {"shortest_edge": size} if "shortest_edge" in settings["size"] else square
+    if settings.get("crop_size"):
+        settings["crop_size"] = square
+    return resized, type(image_processor)(**settings)
 
 
 def swap(vision, modules):
@@ -269,13 +304,17 @@ class Encoder(nn.Module):
             if name.endswith("mask_token"):  # DINOv2's, for masked pre-training: no gradient ever reaches it
                 parameter.requires_grad_(False)
         H, W = self.pixels([Image.new("RGB", (64, 64))]).shape[-2:]  # ask the processor: it may crop to another size
-        patch = vision.config.patch_size
+        patch, size = vision.config.patch_size, vision.config.image_size
+        native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if (H, W) != native and not vision.config.model_type.startswith("dinov2"):  # which interpolates as it goes
+            raise InputError(f"the image processor makes pictures of {H}x{W} pixels and the vision encoder reads "
+                             f"{native[0]}x{native[1]}: --image_size {H} interpolates its positions")
         self.grid = (H // patch, W // patch)  # rows, columns of patches
 
     @classmethod
-    def from_pretrained(cls, vision, feature_layer=None):
+    def from_pretrained(cls, vision, feature_layer=None, image_size=None):
         """Opens an encoder: hub id, or local folder such as the vision/ of a run. Never runs remote code."""
-        return cls(*open_vision(vision), feature_layer)
+        return cls(*open_vision(vision, image_size), feature_layer)
 
     def pixels(self, images):
         """PIL pictures -> (B,3,H,W), with the encoder's own resizing, cropping and normalisation"""
@@ -300,6 +339,9 @@ class MLLM(Encoder):
         for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
             if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
                 raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
+        if len(tokenizer) > len(llm.get_input_embeddings().weight):
+            raise InputError(f"the tokenizer has {len(tokenizer)} tokens and the LLM rows for "
+                             f"{len(llm.get_input_embeddings().weight)}: they do not belong together")
         check_branches(llm)
         self.llm, self.tokenizer, self.pool, self.chat = llm, tokenizer, pool, Chat(tokenizer)
         if self.grid[0] % pool or self.grid[1] % pool:
@@ -317,9 +359,11 @@ class MLLM(Encoder):
     # ---- in and out --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, vision, llm, feature_layer=None, pool=1, hidden=None):
-        """Joins an encoder and an LLM (hub ids or local folders) by a fresh connector. Never runs remote code."""
-        return cls(*open_vision(vision), opened(AutoModelForCausalLM, llm, dtype=torch.float32),
+    def from_pretrained(cls, vision, llm, feature_layer=None, pool=1, hidden=None, image_size=None):
+        """Joins an encoder and an LLM (hub ids or local folders) by a fresh connector. Never runs remote code.
+
+        `image_size` (pixels a side) other than the encoder's own interpolates its positions."""
+        return cls(*open_vision(vision, image_size), opened(AutoModelForCausalLM, llm, dtype=torch.float32),
                    opened(AutoTokenizer, llm), feature_layer, pool, hidden)
 
     @classmethod
@@ -442,3 +486,7 @@ class MLLM(Encoder):
         """The three parts by the names that flags and logs use"""
         return {"vision": self.vision, "connector": self.connector, "llm": self.llm}
 
+
+if __name__ == "__main__":
+    import artefacts  # not above: it imports this file
+    artefacts.main()

@@ -315,24 +315,30 @@ def tiny_llm(folder, texts, width=64, layers=3):
 
 
 def contact_sheet(rows, path, columns=4):
-    """Every picture, enlarged, with its box and its text below"""
+    """Every picture with its box, and its text below; of a row without a picture the text says why"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.1 * lines), squeeze=False)
+    figure, axes = plt.subplots(2 * lines, columns, figsize=(3.4 * columns, 5 * lines), squeeze=False,
+                                layout="constrained", height_ratios=[3, 2] * lines)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, row in zip(axes.flat, rows):
-        axis.imshow(row["image"], extent=(0, SIZE, SIZE, 0))
+    for number, row in enumerate(rows):
+        above, below = axes[2 * (number // columns):, number % columns][:2]
+        if "image" in row:
+            width, height = row["image"].size
+            above.imshow(row["image"], extent=(0, width, height, 0))
         if row.get("box"):
             x0, y0, x1, y1 = row["box"]
-            axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white"))
-        text = "\n".join(f"{field}: {row[field]}" for field in ("question", "answer", "chosen", "rejected")
-                         if field in row)
-        axis.set_title("\n".join(textwrap.fill(line, 48) for line in text.split("\n")),
-                       fontsize=6.5, loc="left", wrap=True)
-    figure.tight_layout()
+            above.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white"))
+        texts = [f"{field}: {row[field]}" for field in ("question", "answer", "chosen", "rejected", "dropped")
+                 if field in row]
+        room = 12 // max(1, len(texts))  # lines of text for each
+        text = "\n".join(line for each in texts for line in
+                         textwrap.wrap(each, 46, max_lines=room, placeholder=" ...", break_long_words=True))
+        below.text(0, 1, text.replace("$", r"\$"), fontsize=7.5, va="top", family="monospace",
+                   transform=below.transAxes)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

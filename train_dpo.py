@@ -33,8 +33,9 @@ import data
 from model import MLLM, InputError
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--data", default="scenes/train/foreign",
-                    help="preference pairs: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
+parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
+                    help="preference pairs: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
+                         "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of one")
 parser.add_argument("--init", required=True, help="run directory to start from, which is also the reference")
 parser.add_argument("--beta", type=float, default=0.1,
                     help="how strongly to stay near the reference (a factor on summed log-ratios)")
@@ -147,21 +148,21 @@ class Reference:
 def main():
     args = parser.parse_args()
     common.check_out(args.out)
+    if args.stream and args.reference == "remembered":
+        raise InputError("--stream: its rows have no numbers by which to remember log-probs; add --reference live")
     device, autocast = common.setup(args.seed, args.matmul)
 
     # ---- model, reference and data
     model = MLLM.load(args.init)
-    rows, micro_batch = data.load(args.data, "pairs", args.n, args.seed), args.micro_batch or args.batch_size
+    (rows, steps), micro_batch = data.plan(args, "pairs"), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
-    trees = rows.trees(min(args.questions_per_tree, args.batch_size))
-    steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows), trees=len(trees))
+    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=rows.identity())
     drift = common.Drift(model)
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
     if args.reference == "remembered":
@@ -213,8 +214,6 @@ def main():
                 "peak_mb": common.peak_memory_mb(device)}):
             n_pairs_since, since = 0, time.time()
             bar.set_postfix(loss=f"{float(sums['loss']):.3f}", accuracy=f"{float(sums['accuracy']):.2f}")
-    if n_dropped == sum(len(tree) for step in steps for tree in step):
-        raise SystemExit(f"--data {args.data}: not one row could be used")
     run.finish()
 
 

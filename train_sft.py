@@ -34,8 +34,9 @@ import scenes
 from model import MLLM, InputError
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--data", default="scenes/train/sft",
-                    help="rows to learn: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
+parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
+                    help="rows to learn: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
+                         "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of one")
 parser.add_argument("--init",
                     help="run directory to start from; without it --vision and --llm are joined by a fresh connector")
 parser.add_argument("--vision",
@@ -46,6 +47,9 @@ parser.add_argument("--llm",
 parser.add_argument("--feature_layer", type=int,
                     help="encoder layer the LLM reads, as an index of hidden_states (default: what an exported encoder "
                          "says of itself, else the paper's -2)")
+parser.add_argument("--image_size", type=int, metavar="PIXELS",
+                    help="side of the pictures that the encoder reads; other than its own, its positions are "
+                         "interpolated (default: its own)")
 parser.add_argument("--pool", type=int,
                     help="fold POOL x POOL patches into one image token (default: 2 for tiny, else 1)")
 parser.add_argument("--connector", choices=("mlp", "linear"),
@@ -61,7 +65,8 @@ common.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
 def start(args):
     """The model to train: a run, or a fresh connector between two parts"""
     if args.init:
-        given = [flag for flag in ("vision", "llm", "feature_layer", "pool", "connector", "connector_from")
+        given = [flag for flag in ("vision", "llm", "feature_layer", "image_size", "pool", "connector",
+                                      "connector_from")
                  if getattr(args, flag) is not None]
         if given:
             raise InputError(f"--init {args.init} brings its own {', '.join(given)}: leave --{given[0]} out")
@@ -78,7 +83,8 @@ def start(args):
             llm = os.path.join(folder, "llm")
             scenes.tiny_llm(llm, data.texts(args.data))
         hidden = 0 if args.connector == "linear" else len(kept["up.weight"]) if kept else None  # None: the LLM's width
-        model = MLLM.from_pretrained(vision, llm, args.feature_layer, args.pool or (2 if tiny else 1), hidden)
+        model = MLLM.from_pretrained(vision, llm, args.feature_layer, args.pool or (2 if tiny else 1), hidden,
+                                     args.image_size)
     own = model.connector.state_dict()
     for name, tensor in kept.items():
         if tensor.shape != own[name].shape:
@@ -112,17 +118,15 @@ def main():
 
     # ---- model and data
     model = start(args)
-    rows, micro_batch = data.load(args.data, "sft", args.n, args.seed), args.micro_batch or args.batch_size
+    (rows, steps), micro_batch = data.plan(args, "sft"), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("answer",), args.max_length)
-    trees = rows.trees(min(args.questions_per_tree, args.batch_size))
-    steps = data.order(trees, args.batch_size, args.epochs, args.seed, args.steps)
     model.to(device).train()
     optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=len(rows), trees=len(trees))
+    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=rows.identity())
     drift = common.Drift(model)
     print(f"example     {data.show(model, collator)}\n")
 
@@ -146,8 +150,6 @@ def main():
         if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "dropped": n_dropped,
                                           "peak_mb": common.peak_memory_mb(device)}):
             bar.set_postfix(loss=f"{float(loss):.3f}")
-    if n_dropped == sum(len(tree) for step in steps for tree in step):
-        raise SystemExit(f"--data {args.data}: not one row could be used")
     run.finish()
 
 

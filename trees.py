@@ -106,3 +106,16 @@ def pack(trunks, trees, pixels, pad_id):
                 n_responses += 1
     return Batch(pixels, *map(torch.from_numpy, (input_ids, positions, branch_end)),
                  *map(torch.tensor, (sources, targets, response_of)), n_responses)
+
+
+def cut(trees, size):
+    """Yields consecutive trees in lists of at most `size` rows; a larger tree is split"""
+    part, n = [], 0
+    for tree in (tree[at:at + size] for tree in trees for at in range(0, len(tree), size)):
+        if n + len(tree) > size:
+            yield part
+            part, n = [], 0
+        part.append(tree)
+        n += len(tree)
+    if part:
+        yield part

@@ -291,10 +291,10 @@ def folder(tmp_path, pictures):
     return tmp_path
 
 
-def write(folder, *rows):
-    """rows.jsonl -> its path"""
-    (folder / "rows.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(folder / "rows.jsonl")
+def write(folder, *rows, name="rows.jsonl"):
+    """A JSONL file of rows -> its path"""
+    (folder / name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(folder / name)
 
 
 GOOD = {"image": "a.png", "question": "what?", "answer": "a ring"}
@@ -305,7 +305,7 @@ PAIR = {"image": "a.png", "question": "what?", "chosen": "a ring", "rejected": "
     ({**GOOD, "image": "none.png"}, "sft", r"there is no picture \S+none\.png"),
     ({**GOOD, "image": "text.png"}, "sft", r"picture \S+text\.png cannot be read \(.+\)"),
     ({**GOOD, "image": "cut.png"}, "sft", r"picture \S+cut\.png cannot be read \(.+\)"),
-    ({**GOOD, "image": None}, "sft", "'image' is a NoneType, must be a path or a picture"),
+    ({**GOOD, "image": None}, "sft", "it has no picture"),
     ({**GOOD, "answer": " "}, "sft", "'answer' is empty"),
     ({**GOOD, "answer": 3}, "sft", "'answer' is .*"),
     ({k: GOOD[k] for k in ("image", "answer")}, "vqa", "'question' is missing"),
@@ -369,8 +369,12 @@ def test_every_format_gives_the_same_record(folder, pictures):
         turn = lambda role, text: [{"role": role, "content": content(text)}]
         return {"images": [row["image"]], "prompt": turn("user", row["question"]), "chosen": turn("assistant", row["chosen"]),
                 "rejected": turn("assistant", row["rejected"])}
-    parts = lambda text: [{"type": "image", "text": None}, {"type": "text", "text": text}]
-    conversations = [data.load(write(folder, *(conversation(row, content) for row in pairs)), "pairs") for content in (str, parts)]
+
+    def parts(text):
+        return [{"type": "image", "text": None}, {"type": "text", "text": text}]
+
+    conversations = [data.load(write(folder, *(conversation(row, content) for row in pairs), name=f"{content.__name__}.jsonl"), "pairs")
+                     for content in (str, parts)]
 
     for rows in (parquet, *conversations):
         assert len(rows) == 2 and all(same_record(rows[i], jsonl[i]) for i in range(2))
@@ -387,7 +391,7 @@ def test_a_broken_picture_in_parquet_is_a_bad_row(folder):
     datasets.Dataset.from_dict({"image": image, "question": ["q"] * 2, "answer": ["a"] * 2}, features).to_parquet(folder / "parquet/0.parquet")
     rows = data.load(str(folder / "parquet"), "sft")
     assert rows[0]["answer"] == "a"
-    with pytest.raises(data.BadRow, match=r"^\S+parquet row 1: cannot be read \(.+\)$"):
+    with pytest.raises(data.BadRow, match=r"^\S+parquet row 1: its picture cannot be read \(.+\)$"):
         rows[1]
 
 
@@ -427,10 +431,10 @@ def test_trees_group_the_rows_of_a_picture(folder, pictures):
         rows = data.load(source, "pairs")
         assert rows[6]["question"] == "q6?" and np.array_equal(rows[4]["image"], Image.open(folder / "c.png"))
         for limit in (2, 3, 4, 100):
-            assert rows.trees(limit) == [group[i:i + limit] for group in PICTURES.values() for i in range(0, len(group), limit)]
-        assert rows.trees(1) == [[i] for i in range(9)]                                 # every row by itself, in order
-        assert data.load(source, "pairs", n=5).trees(4) == [[0, 2, 3], [1], [4]]
-        assert data.load(source, "sft").trees(4) == rows.trees(4)                       # both arms, one order
+            assert list(rows.trees(limit)) == [group[i:i + limit] for group in PICTURES.values() for i in range(0, len(group), limit)]
+        assert list(rows.trees(1)) == [[i] for i in range(9)]                                 # every row by itself, in order
+        assert data.load(source, "pairs", n=5).trees(4)[:] == [[0, 2, 3], [1], [4]]
+        assert data.load(source, "sft").trees(4)[:] == rows.trees(4)[:]                       # both arms, one order
 
 
 def test_trees_decode_no_picture(folder):
@@ -442,35 +446,35 @@ def test_trees_decode_no_picture(folder):
     datasets.Dataset.from_dict({"image": [bad, good, bad, good, None], "question": ["q"] * 5, "answer": ["a"] * 5}, features).to_parquet(
         folder / "parquet/0.parquet")
     rows = data.load(str(folder / "parquet"), "sft")
-    assert rows.trees(4) == [[0, 2], [1, 3], [4]]
+    assert list(rows.trees(4)) == [[0, 2], [1, 3], [4]]
     gone, without = {**GOOD, "image": "gone.png"}, {"question": "?"}
     missing = data.load(write(folder, gone, GOOD, gone, without, without), "sft")
-    assert missing.trees(4) == [[0, 2], [1], [3], [4]]                                  # rows without a picture share none
+    assert missing.trees(4)[:] == [[0, 2], [1], [3], [4]]                                  # rows without a picture share none
 
 
 def test_trees_of_the_drawn_world():
     # scenes/SPLIT/TASK/QUESTIONS: consecutive rows share a picture; without QUESTIONS each row has its own
-    assert data.load("scenes/train/sft/4", "sft", 10).trees(4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert data.load("scenes/train/sft/4", "sft", 10).trees(3) == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]
-    assert data.load("scenes/train/foreign/2", "pairs", 5).trees(4) == [[0, 1], [2, 3], [4]]
-    assert data.load("scenes/train/sft", "sft", 3).trees(4) == data.load("scenes/train/sft/4", "sft", 3).trees(1) == [[0], [1], [2]]
+    assert data.load("scenes/train/sft/4", "sft", 10).trees(4)[:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert data.load("scenes/train/sft/4", "sft", 10).trees(3)[:] == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]
+    assert data.load("scenes/train/foreign/2", "pairs", 5).trees(4)[:] == [[0, 1], [2, 3], [4]]
+    assert data.load("scenes/train/sft", "sft", 3).trees(4)[:] == data.load("scenes/train/sft/4", "sft", 3).trees(1)[:] == [[0], [1], [2]]
 
 
 def test_order_covers_every_row_each_epoch():
     # a function of its arguments; every epoch is another shuffle of all rows, the remainder included
     rows = [[i] for i in range(11)]
-    steps = data.order(rows, 4, 3, seed=5)
-    assert [len(step) for step in steps] == [4, 4, 3] * 3 and steps == data.order(rows, 4, 3, seed=5)
+    steps = data.order(rows, 4, 3, seed=5)[:]
+    assert [len(step) for step in steps] == [4, 4, 3] * 3 and steps == data.order(rows, 4, 3, seed=5)[:]
     epochs = [sum(sum(steps[i:i + 3], []), []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert data.order(rows, 4, 1, seed=6)[0] != steps[0] and data.order(rows, 4, 1, seed=5) == steps[:3]
+    assert data.order(rows, 4, 1, seed=6)[0] != steps[0] and data.order(rows, 4, 1, seed=5)[:] == steps[:3]
     as_before = torch.randperm(11, generator=torch.Generator().manual_seed(5 * 1_000_003)).tolist()     # the rows of single pictures as ever
     assert epochs[0] == as_before
 
 
 def test_cut_splits_what_is_larger_than_a_part():
     # a micro-batch smaller than a tree changes how a step is read, not which rows are in it; nothing can be asked for in parts of no row
-    assert data.cut([[0, 1, 2, 3, 4], [5], [6, 7]], 2) == [[[0, 1]], [[2, 3]], [[4], [5]], [[6, 7]]]
+    assert list(data.cut([[0, 1, 2, 3, 4], [5], [6, 7]], 2)) == [[[0, 1]], [[2, 3]], [[4], [5]], [[6, 7]]]
     for limit in (0, -1):
         with pytest.raises(ValueError, match="at least 1"):
             data.load("scenes/train/sft/4", "sft", 8).trees(limit)
@@ -483,16 +487,16 @@ def test_order_and_cut_keep_trees_whole():
     for _ in range(60):
         trees.append([next(numbers) for _ in range(generator.randint(1, 4))])
     for batch_size in (4, 7, 64):
-        steps = data.order(trees, batch_size, 2, seed=1)
+        steps = data.order(trees, batch_size, 2, seed=1)[:]
         half = next(i for i in range(len(steps)) if sum(map(len, steps[:i + 1])) == len(trees)) + 1
         assert all(sorted(sum(epoch, [])) == trees for epoch in (steps[:half], steps[half:])) and steps[:half] != steps[half:]
-        micro_batches = [(data.cut(step, micro), micro) for step in steps for micro in (4, 6)]
+        micro_batches = [(list(data.cut(step, micro)), micro) for step in steps for micro in (4, 6)]
         for parts, limit in [(steps[:half], batch_size), (steps[half:], batch_size), *micro_batches]:
             sizes = [sum(map(len, part)) for part in parts]
             assert 0 < min(sizes) and max(sizes) <= limit
             assert all(n + len(following[0]) > limit for n, following in zip(sizes, parts[1:]))
-        assert all(sum(data.cut(step, 4), []) == step for step in steps)                # in order, nothing lost
-        assert steps == data.order([list(tree) for tree in trees], batch_size, 2, seed=1) != data.order(trees, batch_size, 2, seed=2)
+        assert all(sum(list(data.cut(step, 4)), []) == step for step in steps)                # in order, nothing lost
+        assert steps == data.order([list(tree) for tree in trees], batch_size, 2, seed=1)[:] != data.order(trees, batch_size, 2, seed=2)[:]
 
 
 def branches(batch):
@@ -555,7 +559,7 @@ def test_workers_change_nothing(make):
     # micro-batches arrive step by step, in order, whoever decodes the pictures
     model = make()
     collator = data.Collator(data.load("scenes/train/sft", "sft", 9), model)
-    steps = data.order([[i] for i in range(9)], 5, 1, 0)
+    steps = data.order([[i] for i in range(9)], 5, 1, 0)[:]
     alone, helped = (list(data.batches(collator, steps, 2, workers)) for workers in (0, 2))
     assert [len(step) for step in alone] == [3, 2]
     assert [b.n_responses for step in alone for b, _ in step] == [2, 2, 1, 2, 2]
@@ -599,8 +603,8 @@ def test_sft_drops_what_dpo_drops(make, tmp_path):
 
 def test_steps_ask_for_as_many_passes_as_they_need():
     rows = [[i] for i in range(10)]
-    steps = data.order(rows, 4, epochs=1, seed=0, steps=8)  # three steps a pass: the third pass stops after two
-    assert len(steps) == 8 and steps[:3] == data.order(rows, 4, 1, 0) and sorted(sum(sum(steps[3:6], []), [])) == list(range(10))
+    steps = data.order(rows, 4, epochs=1, seed=0, steps=8)[:]  # three steps a pass: the third pass stops after two
+    assert len(steps) == 8 and steps[:3] == data.order(rows, 4, 1, 0)[:] and sorted(sum(sum(steps[3:6], []), [])) == list(range(10))
     trees = [[i, i + 1, i + 2] for i in range(0, 30, 3)]    # two trees of three in a step of eight: five steps a pass, not four
-    steps = data.order(trees, 8, epochs=1, seed=0, steps=8)
-    assert len(steps) == 8 and steps[:5] == data.order(trees, 8, 1, 0) and steps == data.order(trees, 8, 2, 0)[:8]
+    steps = data.order(trees, 8, epochs=1, seed=0, steps=8)[:]
+    assert len(steps) == 8 and steps[:5] == data.order(trees, 8, 1, 0)[:] and steps == data.order(trees, 8, 2, 0)[:8]

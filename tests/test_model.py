@@ -1,11 +1,13 @@
 """The model against transformers' own forward pass and against slow code that is obviously right (packing and hot path: test_trees.py)."""
+import copy
 import os
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import (AutoImageProcessor, AutoModel, CLIPModel, CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, LlamaConfig,
+from transformers import (AutoImageProcessor, AutoModel, CLIPModel, CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM,
                           MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM, Qwen2Config, Qwen2ForCausalLM, RwkvConfig, RwkvForCausalLM,
                           SiglipModel, SiglipVisionModel, ViTForImageClassification, ViTMAEModel, ViTModel)
 
@@ -19,12 +21,13 @@ QUESTIONS = ["what color is the ring?", "where?", "describe the picture.", "what
 ANSWERS = ["red", "at the bottom right, below a blue ring", "red ring at top left, blue cross at center", "ring"]
 
 
-def own_hidden_states(name, folder, pixels):
+def own_hidden_states(name, folder, pixels, **more):
     """All hidden states (layers + 1) of a checkpoint by the class that transformers made for it, and the number of special tokens"""
     if name == "vit_mae":  # unmasked, in order
         mae = ViTMAEModel.from_pretrained(folder, mask_ratio=0.0).eval()
-        noise = torch.arange(9.).expand(len(pixels), 9)
-        return mae(pixels, noise=noise, output_hidden_states=True).hidden_states, 1
+        n = (pixels.shape[-1] // 8)**2
+        noise = torch.arange(float(n)).expand(len(pixels), n)
+        return mae(pixels, noise=noise, output_hidden_states=True, **more).hidden_states, 1
     load, n_special = {"siglip": (SiglipVisionModel.from_pretrained, 0),
                        "siglip_full": (lambda f: SiglipModel.from_pretrained(f).vision_model, 0),
                        "clip": (CLIPVisionModel.from_pretrained, 1),
@@ -33,7 +36,7 @@ def own_hidden_states(name, folder, pixels):
                        "dinov2_with_registers": (Dinov2WithRegistersModel.from_pretrained, 5),
                        "vit": (lambda f: ViTForImageClassification.from_pretrained(f).vit, 1),
                        "vit_pooler": (ViTModel.from_pretrained, 1)}[name]
-    return load(folder).eval()(pixels, output_hidden_states=True).hidden_states, n_special
+    return load(folder).eval()(pixels, output_hidden_states=True, **more).hidden_states, n_special
 
 
 # ---- seeing ----------------------------------------------------------------------------------------------------------------
@@ -52,6 +55,39 @@ def test_features_are_transformers_hidden_states(name, make, vision_dirs, pictur
         assert features.shape == (4, 9, 16) and model.n_image == 9 and model.grid == (3, 3)
         close(features, hidden_states[layer][:, n_special:])
     assert not torch.allclose(features, hidden_states[-2][:, n_special:], atol=.1)  # the layers do differ
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_another_picture_size_interpolates_positions(name, vision_dirs, llm_dirs, pictures, tmp_path):
+    # 40 and 16 pixels instead of 24: the features of transformers' own interpolation; the run and the exported encoder need no flag for it
+    dino = name.startswith("dinov2")
+    for size in (40, 16):
+        square, grid = {"height": size, "width": size}, size // 8
+        sizes = dict(size={"shortest_edge": size}, crop_size=square) if dino or name.startswith("clip") else dict(size=square)
+        pixels = AutoImageProcessor.from_pretrained(vision_dirs[name], **sizes)(pictures, return_tensors="pt")["pixel_values"]
+        hidden_states, n_special = own_hidden_states(name, vision_dirs[name], pixels, **({} if dino else {"interpolate_pos_encoding": True}))
+        model = MLLM.from_pretrained(vision_dirs[name], llm_dirs["qwen2"], image_size=size).eval()
+        assert torch.equal(model.pixels(pictures), pixels) and model.grid == (grid, grid) and model.n_image == grid**2
+        close(model.features(pixels), hidden_states[-2][:, n_special:])
+        model.save(tmp_path / f"run{size}")
+        loaded = MLLM.load(tmp_path / f"run{size}").eval()
+        assert torch.equal(loaded.features(loaded.pixels(pictures)), model.features(pixels))
+        exported = AutoModel.from_pretrained(tmp_path / f"run{size}/vision").eval()
+        pixels = AutoImageProcessor.from_pretrained(tmp_path / f"run{size}/vision")(pictures, return_tensors="pt")["pixel_values"]
+        close(exported(pixels, output_hidden_states=True).hidden_states[-2][:, n_special:], model.features(pixels))
+    with pytest.raises(model_file.InputError, match="--image_size 20 is not a multiple of 8"):
+        MLLM.from_pretrained(vision_dirs[name], llm_dirs["qwen2"], image_size=20)
+
+
+def test_a_processor_that_does_not_fit_is_refused(vision_dirs, tmp_path):
+    # pictures of another size than the encoder's: said before anything is trained, with the flag that helps
+    for name in ("siglip", "clip", "vit"):
+        vision, image_processor = model_file.open_vision(vision_dirs[name])
+        settings = image_processor.to_dict()
+        settings["crop_size" if name == "clip" else "size"] = {"height": 16, "width": 16}
+        with pytest.raises(model_file.InputError, match="16x16 pixels and the vision encoder reads 24x24: --image_size 16"):
+            model_file.Encoder(vision, type(image_processor)(**settings))
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -141,6 +177,21 @@ def test_an_llm_that_cannot_read_a_tree_is_refused(model_class, config_class, ex
         MLLM.from_pretrained(vision_dirs["siglip"], str(tmp_path))
 
 
+def test_a_coarse_matmul_is_no_reason_to_refuse(make, monkeypatch):
+    # --matmul medium is bf16 on some chips: what is compared at opening is computed exactly, and the setting is as before
+    seen, linear = [], F.linear
+
+    def watch(*args):
+        seen.append(torch.get_float32_matmul_precision())
+        return linear(*args)
+    monkeypatch.setattr(F, "linear", watch)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    make()
+    assert seen and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision(before)
+
+
 def test_a_window_that_is_switched_off_is_no_reason_to_refuse(vision_dirs, tokenizers, tmp_path):
     # Qwen2.5's own config has a window and says not to use it; Mistral v0.3's has none
     for model_class, config_class, extra in ((Qwen2ForCausalLM, Qwen2Config, dict(use_sliding_window=False, sliding_window=8)),
@@ -191,6 +242,31 @@ def test_a_saved_run_loads_to_identical_logps(llm, make, pictures, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
     assert torch.equal(model.logps(pictures, QUESTIONS, ANSWERS), loaded.logps(pictures, QUESTIONS, ANSWERS))
     assert sorted(os.listdir(tmp_path)) == ["run"] and "kept" in (tmp_path / "run/config.json").read_text()
+
+
+@torch.no_grad()
+def test_weights_in_pieces(make, vision_dirs, llm_dirs, pictures, tmp_path):
+    # large models come as several safetensors files and an index: the same model
+    whole = make("clip", "llama")
+    for part, folders in (("vision", vision_dirs["clip"]), ("llm", llm_dirs["llama"])):
+        shutil.copytree(folders, tmp_path / part)
+        os.remove(tmp_path / part / "model.safetensors")
+        loaded = (CLIPVisionModel if part == "vision" else LlamaForCausalLM).from_pretrained(folders)
+        loaded.save_pretrained(tmp_path / part, max_shard_size="20KB")
+        assert len([file for file in os.listdir(tmp_path / part) if file.startswith("model-")]) > 1
+    torch.manual_seed(0)
+    pieces = MLLM.from_pretrained(str(tmp_path / "vision"), str(tmp_path / "llm"), -2).eval()
+    assert torch.equal(whole.logps(pictures, QUESTIONS, ANSWERS), pieces.logps(pictures, QUESTIONS, ANSWERS))
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(vision_dirs, llm_dirs, tokenizers, tmp_path):
+    # a vocabulary larger than the tokenizer is usual (all LLMs of these tests have one); the other way round is somebody else's tokenizer
+    shutil.copytree(llm_dirs["qwen2"], tmp_path / "llm")
+    larger = copy.deepcopy(tokenizers["chatml"])
+    larger.add_tokens([f"<extra{i}>" for i in range(8)])  # 7 rows are spare
+    larger.save_pretrained(tmp_path / "llm")
+    with pytest.raises(model_file.InputError, match=f"the tokenizer has {len(larger)} tokens and the LLM rows for {len(larger) - 1}"):
+        MLLM.from_pretrained(vision_dirs["siglip"], str(tmp_path / "llm"))
 
 
 def test_save_is_all_or_nothing(make, tmp_path, monkeypatch):

@@ -10,11 +10,15 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
+import prepare
 import scenes
+import sources
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py", "bench.py"]
+SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py", "bench.py", "prepare.py", "artefacts.py"]
+COMMANDS_OF = {"data": "prepare", "model": "artefacts"}  # where the commands of a file that is read for something else are
 
 
 def readme():
@@ -50,6 +54,12 @@ def commands(section):
     return [shlex.split(line)[1:] for line in text.split("\n") if line.startswith("    python ")]
 
 
+def script_of(name):
+    """data.py -> the module that has its commands"""
+    name = name.removesuffix(".py")
+    return importlib.import_module(COMMANDS_OF.get(name, name))
+
+
 def test_own_data_commands_run(tmp_path, monkeypatch):
     """README's section on your own data, line by line, on a folder of that format; only steps and sizes are made small."""
     monkeypatch.chdir(tmp_path)
@@ -63,23 +73,33 @@ def test_own_data_commands_run(tmp_path, monkeypatch):
             os.makedirs(f"photos/{split}/{label}")
         for i in range(12):
             shutil.copy(f"train/images/{i}.png", f"photos/{split}/{('even', 'odd')[i % 2]}/{i}.png")
-    small = {"train_sft.py": ["--steps", "1", "--batch_size", "4"], "train_dpo.py": ["--steps", "1", "--batch_size", "4"],
+    os.makedirs("pictures")
+    shutil.copy("test/images/0.png", "pictures/17.jpg")
+    small = {"data.py": [], "model.py": ["--max_new_tokens", "3"], "train_sft.py": ["--steps", "1", "--batch_size", "4"], "train_dpo.py": ["--steps", "1", "--batch_size", "4"],
              "eval_vqa.py": ["--max_new_tokens", "3"], "probe.py": ["--seeds", "1"]}
     ran = []
     for script, *flags in commands("Your own data"):
         monkeypatch.setattr("sys.argv", [script, *flags, *small[script], *(["--compile", "false"] if script.startswith("train") else [])])
-        importlib.import_module(script.removesuffix(".py")).main()
+        script_of(script).main()
         ran.append(script)
-    assert ran == ["train_sft.py", "train_sft.py", "train_dpo.py", "eval_vqa.py", "probe.py", "eval_vqa.py"]
+    assert ran == ["train_sft.py", "train_sft.py", "train_dpo.py", "eval_vqa.py", "probe.py", "eval_vqa.py", "data.py", "model.py"]
     assert os.path.exists("runs/my/vqa/results.json") and os.path.exists("pairs.jsonl")
+    assert all(Image.open(f"runs/my/{name}.png").width > 200 for name in ("train", "dogs"))
 
 
 def test_real_weight_commands_parse():
     """The commands for hub weights cannot run here; their flags are the scripts' own."""
-    found = commands("Real weights")
-    assert len(found) >= 3
+    found = commands("Real weights") + commands("Take it with you")
+    assert len(found) >= 10
     for script, *flags in found:
-        importlib.import_module(script.removesuffix(".py")).parser.parse_args(flags)  # an unknown flag would exit
+        script_of(script).parser.parse_args(flags)  # an unknown flag would exit
+
+
+def test_every_named_data_set_is_in_the_readme():
+    # the table and the code name the same sets
+    table = readme().split("### Data sets by name")[1].split("\n#")[0]
+    named = {name.partition("/")[0] for name in re.findall(r"`([a-z][\w.-]+(?:/CONFIG)?)`", table)}
+    assert named == {*sources.NAMES, *prepare.SETS}
 
 
 def test_files_and_flags_of_readme_exist():

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ import model as model_file
 import scenes
 import train_dpo
 import train_sft
-from model import MLLM
+from model import MLLM, InputError
 from train_dpo import dpo_loss
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo}
@@ -283,8 +284,8 @@ def test_a_run_directory_is_complete(stage, train, start_run):
     assert all(set(line) == fields and all(math.isfinite(v) for v in line.values()) for line in lines)
     with open(os.path.join(run, "config.json")) as f:
         config = json.load(f)
-    assert config["parent"] == start_run and config["data"] == PAIRS and config["args"]["batch_size"] == 6
-    assert config["versions"]["torch"] == torch.__version__ and config["total_steps"] == 2 and config["rows"] == config["trees"] == 12
+    assert config["parent"] == start_run and config["data"] == [PAIRS] and config["args"]["batch_size"] == 6
+    assert config["versions"]["torch"] == torch.__version__ and config["total_steps"] == 2 and config["rows"] == data.load(PAIRS, "pairs", 12).identity()
     assert sorted(os.listdir(run)) == ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
     assert os.listdir(os.path.dirname(run)) == ["out"]
 
@@ -432,3 +433,70 @@ def test_an_llm_that_scales_its_logits_is_refused(make):
     model.llm.config.logits_scaling = 8.0
     with pytest.raises(model_file.InputError, match="logits_scaling"):
         MLLM(model.vision, model.image_processor, model.llm, model.tokenizer)
+
+
+# ---- many rows, and other people's tools -----------------------------------------------------------------------------------
+
+
+@both
+def test_a_stream_trains_as_its_rows_would(stage, train, tmp_path):
+    # parquet files read as a stream: every row once, the same with a worker, and a first loss as of a file with the stream's first rows
+    datasets = pytest.importorskip("datasets")
+    rows = [scenes.Scenes("train", 12, "foreign")[i] for i in range(12)]
+    table = {"image": [row["image"] for row in rows], **{key: [row[key] for row in rows] for key in ("question", "chosen", "rejected")}}
+    (tmp_path / "parquet").mkdir()
+    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(tmp_path / "parquet/0.parquet")
+    live = ("--reference", "live") if stage == "dpo" else ()
+    flags = ("--data", tmp_path / "parquet", "--stream", 5, "--steps", 3, "--batch_size", 4, *live)
+    run, lines = train(stage, *flags, out="streamed")
+    again, _ = train(stage, *flags, "--workers", 1, out="again")
+    assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(again).values(), strict=True))
+    stream = data.Stream(str(tmp_path / "parquet"), "pairs", 4, 3, 4, 5, 0, n=12)
+    records = [stream[item] for step in stream for tree in step for item in tree]
+    assert sorted(record["row"] for record in records) == list(range(12)) and len(stream) == len(lines) == 3    # one pass, every row once
+    assert sorted(record["chosen"] for record in records) == sorted(table["chosen"]) != [record["chosen"] for record in records]
+    with open(os.path.join(run, "config.json")) as f:
+        assert "stream of" in json.load(f)["rows"]
+    for i, record in enumerate(records[:4]):
+        record["image"].save(tmp_path / f"{i}.png")
+    (tmp_path / "first.jsonl").write_text("\n".join(json.dumps({**record, "image": f"{i}.png"}) for i, record in enumerate(records[:4])))
+    _, alone = train(stage, "--data", tmp_path / "first.jsonl", "--steps", 1, "--batch_size", 4, *live, out="alone")
+    assert all(alone[0][key] == pytest.approx(lines[0][key], rel=1e-4) for key in ("loss", "grad_norm_vision", "grad_norm_llm"))
+
+
+def test_what_a_stream_needs(train, tmp_path):
+    # a length, and for DPO a second model: said before anything is loaded
+    for stage, flags, message in (("sft", ("--stream", 5), "--stream needs --steps"), ("dpo", ("--stream", 5, "--steps", 2), "add --reference live"),
+                                  ("sft", ("--weights", 1, 2), "--weights: give a positive number for each of several --data; there are 1")):
+        with pytest.raises(InputError, match=message):
+            train(stage, *flags)
+    assert os.listdir(tmp_path) == []
+
+
+@both
+def test_a_mixture_trains_on_its_shares(stage, train, monkeypatch):
+    # two sources, one three times as often: the batches hold what the weights say
+    seen, collate = [], data.Collator.__call__
+
+    def watch(self, trees):
+        batch, dropped = collate(self, trees)
+        seen.extend(row for row, _ in batch.rows)
+        return batch, dropped
+    monkeypatch.setattr(data.Collator, "__call__", watch)
+    run, _ = train(stage, "--data", "scenes/train/foreign", "scenes/train/plain", "--weights", 3, 1, *(("--reference", "live") * (stage == "dpo")))
+    del seen[:1]                                                                            # the example that is shown
+    assert len(seen) == 24 and sum(row < 12 for row in seen) == 18 and json.load(open(run + "/config.json"))["data"][1] == "scenes/train/plain"
+
+
+def test_the_log_is_passed_on(train, monkeypatch):
+    # every line of log.jsonl, value by value, as tensorboard reads it back; a package that is not there is named before anything is written
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(InputError, match="^--report_to trackio needs that package: pip install trackio$"):
+        train("sft", "--report_to", "trackio", out="none")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    run, lines = train("sft", "--report_to", "tensorboard")
+    found = events.EventAccumulator(os.path.join(run, "tensorboard")).Reload()
+    for line in lines:
+        for key in set(line) - {"step", "seconds"}:
+            values = {event.step: event.value for event in found.Scalars(key)}
+            assert values[line["step"]] == pytest.approx(line[key], rel=1e-6)

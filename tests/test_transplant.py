@@ -118,6 +118,7 @@ def test_flops_are_those_of_the_second_step_times_the_steps(start_run, tmp_path)
             assert bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack()) == (step == 1)  # elsewhere nothing is in the way
             layer(torch.randn(m, 30, requires_grad=True)).sum().backward()
     assert run.step_flops == 3 * 2 * (7 + 3) * 30 * 20
+    run.step(4, {"loss": torch.tensor(1.), "grad_norm": torch.tensor(1.)})
     run.finish()
     assert json.load(open(tmp_path / "out" / "config.json"))["flops"] == 5 * run.step_flops
 

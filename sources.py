@@ -1,0 +1,291 @@
+"""
+Where rows come from: named data sets, hub ids, files; and how rows in other people's forms become records.
+
+Two tables. NAMES gives the sets that the papers train on short names. FORMS knows a row's form by its columns, so that
+a local copy or a fork of a set is read like the set itself:
+
+    python train_dpo.py --data rlaif-v ...                                       a name
+    python train_sft.py --data HuggingFaceM4/the_cauldron/ai2d ...               a hub id, here with a config
+    python train_sft.py --data /data/the_cauldron/ai2d ...                       its parquet files on disk
+    python train_sft.py --data llava-next[:20%] 'llava-onevision/ai2d(gpt4v)'    a part of one, and all of another
+
+A conversation of several turns about one picture is read as several questions about it, each by itself.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+
+import numpy as np
+
+from model import InputError
+
+ONEVISION = """ai2d(gpt4v) ai2d(internvl) ai2d(cauldron,llava_format) allava_instruct_vflan4v allava_instruct_laion4v
+    aokvqa(cauldron,llava_format) cambrian(filtered) chart2text(cauldron) chartqa(cauldron,llava_format) chrome_writting
+    clevr(cauldron,llava_format)[:1%] CLEVR-Math(MathV360K) diagram_image_to_text(cauldron)
+    dvqa(cauldron,llava_format)[:1%] FigureQA(MathV360K)[:5%] figureqa(cauldron,llava_format)[:1%] geo170k(align)
+    geo170k(qa) geo3k Geometry3K(MathV360K) geomverse(cauldron) GeoQA+(MathV360K) GEOS(MathV360K)
+    hateful_memes(cauldron,llava_format) hitab(cauldron,llava_format) hme100k[:10%] iam(cauldron)
+    IconQA(MathV360K)[:5%] iconqa(cauldron,llava_format)[:5%] iiit5k image_textualization(filtered) infographic(gpt4v)
+    infographic_vqa infographic_vqa_llava_format intergps(cauldron,llava_format) k12_printing[:1%] llavar_gpt4_20k
+    lrv_chart lrv_normal(filtered) MapQA(MathV360K) mapqa(cauldron,llava_format) mathqa mavis_math_metagen
+    mavis_math_rule_geo multihiertt(cauldron) orand_car_a PMC-VQA(MathV360K)[:5%] raven(cauldron)[:5%]
+    rendered_text(cauldron) robut_sqa(cauldron) robut_wikisql(cauldron) robut_wtq(cauldron,llava_format)
+    scienceqa(cauldron,llava_format) scienceqa(nona_context)[:5%] screen2words(cauldron) sharegpt4o sharegpt4v(coco)
+    sharegpt4v(knowledge) sharegpt4v(llava) sharegpt4v(sam) sroie[:10%] st_vqa(cauldron,llava_format)
+    Super-CLEVR(MathV360K) TabMWP(MathV360K) tabmwp(cauldron) tallyqa(cauldron,llava_format)[:10%] textcaps
+    textocr(gpt4v) tqa(cauldron,llava_format)[:5%] UniGeo(MathV360K) vision_flan(filtered) vistext(cauldron)
+    visual7w(cauldron,llava_format) visualmrc(cauldron) VisualWebInstruct(filtered)[:20%] VizWiz(MathV360K)
+    vqarad(cauldron,llava_format) vsr(cauldron,llava_format) websight(cauldron)""".split()
+# PIVOT's single_image.yaml, its percentages included. Not here: magpie_pro, which has no pictures, and ureader_*, which
+# are archives (python data.py prepare llava-onevision/ureader_qa --out DIR)
+
+NAMES = {  # name -> what it stands for; NAME/CONFIG works for each that is a single hub id
+    "rlaif-v": ["openbmb/RLAIF-V-Dataset"],                              # 83k pairs
+    "rlaif-v-h4": ["HuggingFaceH4/rlaif-v_formatted"],                   # the same, as conversations
+    "rlaif-v-trl": ["trl-lib/rlaif-v"],
+    "vlfeedback": ["davanstrien/VLFeedback"],                            # 80k rows of rated answers
+    "vlfeedback-pairs": ["Zhihui/VLFeedback"],                           # pairs that LLaMA-Factory made of them
+    "llava-recap": ["lmms-lab/LLaVA-ReCap-558K"],                        # LLaVA-Pretrain's pictures, longer captions
+    "llava-next": ["lmms-lab/LLaVA-NeXT-Data"],                          # 779k conversations
+    "llava-onevision": ["lmms-lab/LLaVA-OneVision-Data"],
+    "cauldron": ["HuggingFaceM4/the_cauldron"],
+    "finevision": ["HuggingFaceM4/FineVision"],
+    "pivot-stage1": ["llava-next", *(f"llava-onevision/{config}" for config in ONEVISION)],  # PIVOT, appendix E.1
+    "pivot-stage3": ["llava-next", *(f"llava-onevision/{config}" for config in              # its "Cambrian-737K"
+                                     ("textocr(gpt4v)", "infographic_vqa", "infographic(gpt4v)"))],
+}
+ARCHIVES = ("mmpr-v1.2", "llava-pretrain", "vlaa-thinking", "llava-onevision/ureader_")  # see prepare.py
+BY_CONFIG = ("llava-onevision", "cauldron", "finevision")                # sets that are many: the name alone means all
+
+
+class BadRow(InputError):
+    """A row that cannot be used; the message names it and says why."""
+
+
+# ---- forms: other people's rows -> records ---------------------------------------------------------------------------
+
+
+def dicts(value):
+    """A list of dicts, which some data sets keep as a dict of lists -> a list of dicts"""
+    return [dict(zip(value, each)) for each in zip(*value.values())] if isinstance(value, dict) else value
+
+
+def only(pictures):
+    if len(pictures or ()) != 1:
+        raise BadRow(f"has {len(pictures or ())} pictures, must have exactly one")
+    return pictures[0]
+
+
+def said(turns):
+    """The text of one turn in TRL's form: a string, or a list of turns whose content is a string or a list of parts"""
+    if isinstance(turns, str):
+        return turns
+    turns = [turn for turn in turns if turn["role"] != "system"]
+    if len(turns) != 1:
+        raise BadRow(f"a conversation of {len(turns)} turns, must be one question and one answer")
+    content = turns[0]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def from_trl(row, _):
+    """trl-lib/rlaif-v, HuggingFaceH4/rlaif-v_formatted: lists of turns"""
+    return {"image": only(row["images"]), "question": said(row["prompt"]), "chosen": said(row["chosen"]),
+            "rejected": said(row["rejected"])}
+
+
+def from_llama_factory(row, _):
+    """Zhihui/VLFeedback, llamafactory/RLHF-V: one question and two last turns"""
+    turns = dicts(row["conversations"])
+    if len(turns) != 1:
+        raise BadRow(f"a conversation of {len(turns)} turns, must be one question")
+    return {"image": only(row["images"]), "question": turns[0]["value"], "chosen": row["chosen"]["value"],
+            "rejected": row["rejected"]["value"]}
+
+
+def from_ratings(row, _):
+    """VLFeedback: several answers, each rated for helpfulness, faithfulness and ethics -> the best against the worst.
+    An answer without three numbers for ratings is left out; of equal sums the first counts."""
+    sums = []
+    for completion in dicts(row["completions"]):
+        ratings = [str((aspect or {}).get("Rating")) for aspect in (completion["annotations"] or {}).values()]
+        if len(ratings) == 3 and all(re.fullmatch(r"\d+(\.\d+)?", rating) for rating in ratings):
+            sums.append((sum(map(float, ratings)), completion["response"]))
+    if len({total for total, _ in sums}) < 2:
+        raise BadRow(f"none of its {len(sums)} rated answers is better than another")
+    best, worst = (choose(sums, key=lambda pair: pair[0])[1] for choose in (max, min))
+    return {"image": row["image"], "question": row["prompt"], "chosen": best, "rejected": worst}
+
+
+def from_llava(row, k):
+    """LLaVA-Pretrain, LLaVA-NeXT, LLaVA-OneVision: turns of "human" and "gpt" """
+    turns = dicts(row["conversations"])[2 * k:2 * k + 2]
+    if [turn["from"] for turn in turns] != ["human", "gpt"]:
+        raise BadRow(f"turns {2 * k + 1} and {2 * k + 2} are of {[turn['from'] for turn in turns]}, "
+                     "must be of human and gpt")
+    return {"image": row["image"], "question": turns[0]["value"], "answer": turns[1]["value"]}
+
+
+def from_cauldron(row, k):
+    """The Cauldron, FineVision"""
+    turn = dicts(row["texts"])[k]
+    return {"image": only(row["images"]), "question": turn["user"], "answer": turn["assistant"]}
+
+
+def from_vlaa(row, _):
+    """VLAA-Thinking: the answer thinks aloud"""
+    return {"image": row["image"], "question": row["question"], "answer": row["ds_answer"]}
+
+
+def as_it_is(row, _):
+    """A record already, with any further columns"""
+    return dict(row)
+
+
+PAIR, ANSWER = {"image", "question", "chosen", "rejected"}, {"image", "question", "answer"}
+FORMS = [  # the columns that tell it, (row, number of the question) -> record, the record's fields, and where one row
+    # asks several questions: the column that lists them, how many items of the list are one
+    ({"images", "conversations", "chosen", "rejected"}, from_llama_factory, PAIR, None, None),
+    ({"images", "prompt", "chosen", "rejected"}, from_trl, PAIR, None, None),
+    ({"image", "prompt", "completions"}, from_ratings, PAIR, None, None),
+    ({"image", "conversations"}, from_llava, ANSWER, "conversations", 2),
+    ({"images", "texts"}, from_cauldron, ANSWER, "texts", 1),
+    ({"image", "question", "ds_answer"}, from_vlaa, ANSWER, None, None),
+    (set(), as_it_is, None, None, None),
+]
+
+
+def form_of(columns):
+    """The first form that has these columns, without them"""
+    return next(form[1:] for form in FORMS if form[0] <= set(columns))
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """The objects of a JSON Lines file, each parsed when it is asked for: a million rows are a million offsets."""
+
+    def __init__(self, path, n=None):
+        self.path, self.columns, offsets, contents = path, set(), [], hashlib.sha256()
+        with open(path, "rb") as f:
+            for number, line in enumerate(iter(f.readline, b""), 1):
+                if n is not None and len(offsets) >= n:
+                    break
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path} line {number} is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{path} line {number} is not a record, but a {type(row).__name__}")
+                self.columns.update(row)
+                offsets.append(f.tell() - len(line))
+                contents.update(line)
+        self.offsets, self.identity = np.array(offsets, dtype=np.int64), contents.hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as f:  # anew each time: processes must not share a position in the file
+            return self._read(f, self.offsets[i])
+
+    def __iter__(self):
+        with open(self.path, "rb") as f:
+            for offset in self.offsets:
+                yield self._read(f, offset)
+
+    def _read(self, f, offset):
+        f.seek(offset)
+        try:
+            return json.loads(f.readline())
+        except ValueError:
+            raise InputError(f"{self.path} was changed while it was in use; start again") from None
+
+    def take(self, n):
+        shorter = Lines.__new__(Lines)
+        shorter.__dict__ = {**vars(self), "offsets": self.offsets[:n], "identity": f"{self.identity} {n}"}
+        return shorter
+
+
+def sliced(source):
+    """NAME[:500] or NAME[:10%] -> NAME and the slice, which may be empty, or a slice of a slice: pivot-stage1[:1%]"""
+    return re.fullmatch(r"(.*?)((?:\[:\d+%?\])*)", source).groups()
+
+
+def expand(source):
+    """A name -> the hub ids that it stands for; anything else -> itself. A slice goes to each part."""
+    name, part = sliced(source)
+    base, _, config = name.partition("/")
+    if os.path.exists(name):
+        return [source]
+    if name.startswith(ARCHIVES):
+        raise InputError(f"--data {name} is archives, to be unpacked once: python data.py prepare '{name}' --out DIR, "
+                         "then --data DIR/rows.jsonl")
+    if base not in NAMES:
+        return [source]
+    if config and base not in BY_CONFIG:
+        raise InputError(f"--data {source}: {base} has no configs; leave /{config} out")
+    if config or base not in BY_CONFIG:
+        meant = [f"{each}/{config}" if config else each for each in NAMES[base]]
+        return [found + part for each in meant for found in ([each] if config else expand(each))]
+    import datasets  # only where it is needed: the drawn world needs none of it
+    try:
+        configs = datasets.get_dataset_config_names(NAMES[base][0])
+    except Exception as error:  # each failure of the hub has its own type
+        raise InputError(f"--data {source}: the configs of {NAMES[base][0]} cannot be listed: "
+                         f"{str(error).splitlines()[0]}") from error
+    return [f"{NAMES[base][0]}/{each}{part}" for each in configs]
+
+
+def open_rows(source, n=None, stream=False):
+    """A .jsonl or .parquet file, a folder of parquet files, a hub id or a hub id with a config -> its rows, the first
+    `n` of them or the slice that `source` names: Lines, datasets.Dataset or, with `stream`, IterableDataset."""
+    name, part = sliced(source)
+    if name.endswith(".jsonl"):
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"--data {name}: no such file")
+        rows = Lines(name, None if part else n)
+    else:
+        if name.endswith(".parquet") and os.path.isfile(name):
+            where = dict(path="parquet", data_files=name)
+        elif os.path.isdir(name):
+            where = dict(path="parquet", data_dir=name)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[^/]+)?", name) and not name.startswith("."):
+            where = dict(zip(("path", "name"), re.fullmatch(r"([^/]+/[^/]+)(?:/(.+))?", name).groups()))
+        else:
+            raise FileNotFoundError(f"--data {name}: neither scenes/..., a .jsonl file, a folder of parquet files, "
+                                    f"one of {', '.join(NAMES)} nor a hub id")
+        from datasets import exceptions, load_dataset
+        try:
+            rows = load_dataset(**where, split="train", streaming=stream)
+        except Exception as error:  # each failure of the hub or of a file has its own type
+            why = error.__cause__ if isinstance(error, exceptions.DatasetGenerationError) else error
+            raise InputError(f"--data {name} cannot be loaded: {str(why).splitlines()[0]}") from error
+    if part:
+        size = length(rows, source) if "%" in part else math.inf
+        for each in re.findall(r"\d+%?", part):
+            size = math.ceil(size * int(each[:-1]) / 100) if "%" in each else min(size, int(each))
+        n = min(n or math.inf, size)
+    if n is None:
+        return rows
+    if hasattr(rows, "__len__"):
+        return rows.take(min(n, len(rows)))
+    rows = rows.take(n)
+    for split in (rows.info.splits or {}).values():  # what `length` reads
+        split.num_examples = min(n, split.num_examples)
+    return rows
+
+
+def length(rows, source):
+    """How many rows there are; of a stream if its maker said so"""
+    if hasattr(rows, "__len__"):
+        return len(rows)
+    split = (rows.info.splits or {}).get(rows.split)
+    if not split or not split.num_examples:
+        raise InputError(f"--stream: how many rows {source} has is not known before it is read: give --weights, and "
+                         "numbers of rows instead of percentages")
+    return split.num_examples
