@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from einops import reduce
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           ViTModel)
 from transformers.models.vit.modeling_vit import ViTPooler
@@ -191,7 +191,7 @@ def ask(runs, path, question, map_path=None, max_new_tokens=64):
         raise InputError(f"--map {map_path}: must be a .png file in a folder that exists")
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # whatever PIL says of a broken file
         raise InputError(f"picture {path} cannot be read: {error}") from None
     device, autocast = common.setup(0)

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -36,15 +37,34 @@ def true_or_false(text):
     return text.lower() == "true"
 
 
+def positive(text):
+    """An argparse type: a whole number from 1"""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def installed_tracker(package):
+    """An argparse type: one of TRACKERS that can be imported"""
+    if package not in TRACKERS:
+        raise argparse.ArgumentTypeError(f"'{package}' is none of {', '.join(TRACKERS)}")
+    if not importlib.util.find_spec(package):
+        raise argparse.ArgumentTypeError(f"needs that package: pip install {package}")
+    return package
+
+
 def add_training_flags(parser, lr, epochs, batch_size):
     """The flags that every train_*.py has, with the stage's own defaults."""
     add = parser.add_argument
     add("--out", required=True, help="run directory to write; must not exist")
-    add("--n", type=int,
+    add("--n", type=positive,
         help="use only the first N rows of each --data (of the drawn world: draw N rows, default 20000)")
     add("--weights", type=float, nargs="+",
         help="one number for each of several --data: its share of the pictures (default: as many as it has)")
-    add("--stream", type=int, metavar="BUFFER",
+    add("--stream", type=positive, metavar="BUFFER",
         help="read hub and parquet data as a stream, shuffled in a buffer of this many rows, instead of downloading it "
              "first; needs --steps")
     add("--epochs", type=int, default=epochs, help="passes over the rows")
@@ -79,7 +99,7 @@ def add_training_flags(parser, lr, epochs, batch_size):
              "a CPU (default: 8 on a GPU, else 0)")
     add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
     add("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
-    add("--report_to", choices=("tensorboard", "wandb", "trackio"),
+    add("--report_to", type=installed_tracker, metavar=f"{{{','.join(TRACKERS)}}}",
         help="pass those lines on to this package as well, if it is installed (files of its own end up in OUT; trackio "
              "keeps its data base in the hub's cache)")
 
@@ -205,16 +225,12 @@ class Drift:
 
 
 def tracker(package, folder, name, settings):
-    """Opens an experiment tracker -> log(step, values), close(). Each of them is an optional package."""
-    try:
-        if package == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(os.path.join(folder, "tensorboard"))
-            return lambda step, values: [writer.add_scalar(*each, step) for each in values.items()], writer.close
-        found = importlib.import_module(package)  # wandb and trackio answer to the same three calls
-    except ImportError:
-        raise InputError(f"--report_to {package} needs that package: pip install {package}") from None
-    os.makedirs(folder)
+    """Opens an experiment tracker, each an optional package -> log(step, values), close()"""
+    if package == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(os.path.join(folder, "tensorboard"))
+        return lambda step, values: [writer.add_scalar(*each, step) for each in values.items()], writer.close
+    found = importlib.import_module(package)  # wandb and trackio answer to the same three calls
     os.environ.setdefault("WANDB_DIR", folder)
     found.init(project="nanopivot", name=name, config=settings)
     return lambda step, values: found.log(values, step=step), found.finish
@@ -232,11 +248,11 @@ class Run:
         self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
                          "total_steps": total_steps, **more}
         shutil.rmtree(self.folder, ignore_errors=True)
+        os.makedirs(self.folder)
+        self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "w"), time.time()
         self.report, self.end_report = (lambda step, values: None), (lambda: None)
         if args.report_to:
             self.report, self.end_report = tracker(args.report_to, self.folder, self.out, self.settings)
-        os.makedirs(self.folder, exist_ok=True)
-        self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "w"), time.time()
         print(f"settings    {json.dumps(vars(args))}")
         for name, part in model.parts().items():
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)

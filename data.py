@@ -22,6 +22,7 @@ A row that cannot be used is never repaired: it is dropped and counted, and the 
 """
 import hashlib
 import itertools
+import math
 from array import array
 from collections import deque
 
@@ -43,6 +44,7 @@ def plan(args, kind):
         stream = Stream(args.data, kind, args.batch_size, args.steps, limit, args.stream, args.seed, args.n,
                         args.weights)
         return stream, stream
+    check_weights(args.weights, len(args.data))
     rows = load(args.data, kind, args.n, args.seed)
     return rows, order(rows.trees(limit), args.batch_size, args.epochs, args.seed, args.steps, args.weights)
 
@@ -98,14 +100,16 @@ class Collator:
 
 
 def an_epoch(trees, generator, weights):
-    """The numbers of an epoch's trees: all in any order, or with `weights` as many trees, so that each source of a
-    Mixture has its share of them; a source that is too small comes round again, in another order"""
+    """The numbers of an epoch's trees: all in any order, or with `weights` so many trees of each source of a Mixture
+    that it has its share of the pictures; a source that is too small comes round again, in another order"""
     if weights is None:
         return torch.randperm(len(trees), generator=generator)
     drawn, start = [], 0
-    for size, weight in zip(trees.sizes, weights, strict=True):
-        count = round(weight / sum(weights) * len(trees))
-        rounds = [start + torch.randperm(size, generator=generator) for _ in range(-(-count // size) or 1)]
+    for size, pictures, weight in zip(trees.sizes, trees.pictures, weights, strict=True):
+        count = round(weight / sum(weights) * trees.n_pictures * size / pictures)
+        if not count:
+            raise InputError(f"--weights {weight:g}: so small a share is not one of {trees.n_pictures} pictures")
+        rounds = [start + torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
         drawn.append(torch.cat(rounds)[:count])
         start += size
     drawn = torch.cat(drawn)
@@ -117,7 +121,6 @@ def order(trees, batch_size, epochs, seed, steps=None, weights=None):
     remainder of an epoch included; or, if `steps` is given, as many shuffles as that many steps take.
 
     A function of its arguments alone, so two arms with the same seed read the same rows in the same order."""
-    check_weights(weights, len(getattr(trees, "sizes", [0])))
     rows, tree_starts, step_starts, epoch = array("q"), array("q", [0]), array("q", [0]), 0
     while (epoch < epochs) if steps is None else (len(step_starts) <= steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -152,9 +155,9 @@ def batches(collator, steps, micro_batch, workers=0):
 
     if not len(steps):
         return
-    n_parts = -(-steps.batch_size // micro_batch) if isinstance(steps, Stream) else \
+    n_parts = math.ceil(steps.batch_size / micro_batch) if isinstance(steps, Stream) else \
         len(list(cut(steps[0], micro_batch)))
-    ahead = 1 - -n_parts // workers if workers else None                        # a worker's share of a step, and one
+    ahead = math.ceil(n_parts / workers) + 1 if workers else None               # a worker's share of a step, and one
     loader = iter(DataLoader(Itself(), batch_size=None, sampler=micro_batches(), collate_fn=collator,
                              num_workers=workers, prefetch_factor=ahead, pin_memory=torch.cuda.is_available()))
     for batch in loader:
@@ -166,7 +169,7 @@ def texts(sources, n=2000):
     and of the drawn world its foreign style too (a real LLM knows its words)"""
     for source in [sources] if isinstance(sources, str) else sources:
         for each in [source, "scenes/train/foreign", "scenes/train/plain"] if is_drawn(source) else [source]:
-            rows = load(each, "pairs" if each.endswith(("foreign", "plain")) else "sft", n)
+            rows = load(each, "pairs" if is_drawn(each) and each.endswith(("foreign", "plain")) else "sft", n)
             for i in range(min(n, len(rows))):
                 row = rows.text(i)
                 fields = ("question", "answer", "chosen", "rejected")
@@ -178,7 +181,7 @@ def show(model, collator, number=0):
     """One example as the loss sees it: the text, with the tokens that bear loss in [[ ]]
     and the picture as <image x N>"""
     if isinstance(collator.rows, Stream):
-        number = next(collator.rows.trees())[0]
+        number = collator.rows.first()
     batch, dropped = collator([[number]])
     if batch is None:
         return f"the first row cannot be used: {dropped[0]}"
@@ -190,5 +193,5 @@ def show(model, collator, number=0):
 
 
 if __name__ == "__main__":
-    import prepare  # not above: it imports this file
+    import prepare  # only here: training needs none of it
     prepare.main()

@@ -212,12 +212,17 @@ def check_branches(llm):
                          "not follow the mask and the positions that it is given")
 
 
+def first_line(error):
+    """What an error says, in one line; some say nothing but their type"""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def opened(loader, name, **how):
     """`loader.from_pretrained(name)`, with an error that names what cannot be opened"""
     try:
         return loader.from_pretrained(name, **how)
     except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{name} cannot be opened: {first_line(error)}") from error
 
 
 def open_vision(name, image_size=None):
@@ -237,7 +242,9 @@ def open_vision(name, image_size=None):
 
 def resize(vision, image_processor, size, extra):
     """The same encoder for pictures of `size` x `size` pixels. Its table of positions is interpolated once, by the
-    encoder's own rule (bicubic), so that what is trained, saved and exported is an ordinary encoder of that size."""
+    encoder's own rule (bicubic), so that what is trained, saved and exported is an ordinary encoder of that size.
+
+    Where the processor crops, the short edge becomes `size` too, as in PIVOT: no margin is cut off."""
     patch, state = vision.config.patch_size, vision.state_dict()
     if size % patch:
         raise InputError(f"--image_size {size} is not a multiple of {patch}, the side of the encoder's patches")
@@ -308,7 +315,7 @@ class Encoder(nn.Module):
         native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if (H, W) != native and not vision.config.model_type.startswith("dinov2"):  # which interpolates as it goes
             raise InputError(f"the image processor makes pictures of {H}x{W} pixels and the vision encoder reads "
-                             f"{native[0]}x{native[1]}: --image_size {H} interpolates its positions")
+                             f"{native[0]}x{native[1]}; for another size train_sft.py has --image_size")
         self.grid = (H // patch, W // patch)  # rows, columns of patches
 
     @classmethod

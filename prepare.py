@@ -38,7 +38,7 @@ from transformers import AutoTokenizer
 
 import common
 import scenes
-from model import InputError, opened
+from model import InputError, first_line, opened
 from rows import FIELDS, NOT_IN_FORM, Stream
 from sources import BadRow, Lines, form_of
 
@@ -58,14 +58,16 @@ get = commands.add_parser("prepare", help="unpack a set that comes as archives")
 get.add_argument("name", help=f"one of {', '.join(SETS)}/CONFIG")
 get.add_argument("--out", required=True, help="folder to write rows.jsonl, images/ and manifest.json into")
 get.add_argument("--from", dest="folder", help="folder that holds the set's files already (default: download them)")
-get.add_argument("--n", type=int, help="stop after this many records (default: 20000 of mmpr-v1.2, else all)")
+get.add_argument("--n", type=common.positive,
+                 help="stop after this many records (default: 20000 of mmpr-v1.2, else all)")
 get.add_argument("--seed", type=int, default=777,
                  help="of the order in which mmpr-v1.2 is walked through (PIVOT: 777)")
 get.add_argument("--tokenizer", default="Qwen/Qwen2.5-1.5B-Instruct", help="counts the tokens of mmpr-v1.2's rows")
 get.add_argument("--max_tokens", type=int, default=1500, help="longest question and chosen answer of mmpr-v1.2")
 look = commands.add_parser("show", help="a contact sheet with text")
 look.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
-look.add_argument("--n", type=int, default=8, help="how many pictures, drawn from the beginning of each source")
+look.add_argument("--n", type=common.positive, default=8,
+                  help="how many pictures, drawn from the beginning of each source")
 look.add_argument("--weights", type=float, nargs="+", help="each source's share of the pictures")
 look.add_argument("--seed", type=int, default=0, help="another seed draws other records")
 look.add_argument("--out", default="runs/data.png", help="picture to write")
@@ -115,7 +117,7 @@ def unpacking(archive):
     try:
         yield
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-        raise InputError(f"{archive} cannot be unpacked: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{archive} cannot be unpacked: {first_line(error)}") from error
 
 
 class Files:
@@ -130,15 +132,14 @@ class Files:
             if not fnmatch.filter(self.paths, pattern):
                 raise InputError(f"{folder} has no {pattern}")
         self.folder, self.archives, self.by_name = folder, {}, {}
-        for path in tqdm(self.paths, desc="archives", unit="file"):
-            whole = joined(path)
-            if whole in self.archives:
-                continue
+        parts = {}
+        for path in self.paths:
+            parts.setdefault(joined(path), []).append(os.path.join(folder, path))
+        for whole in tqdm(parts, desc="archives", unit="file"):
             with unpacking(whole):
-                parts = [os.path.join(folder, each) for each in self.paths if joined(each) == whole]
-                members = self.members(whole, parts)
+                members = self.members(whole, parts[whole])
             stem = re.sub(r"\.(zip|tar|tar\.gz|tgz)$", "", whole) if members else ""
-            for member in members or [path]:
+            for member in members or [whole]:
                 full = os.path.normpath(member)
                 full = full if full.startswith(os.path.basename(stem) + "/") else os.path.join(stem, full)
                 self.by_name.setdefault(os.path.basename(full), []).append((full, whole, member))
@@ -151,7 +152,7 @@ class Files:
         if re.search(r"\.(tar|tar\.gz|tgz)$", path):
             self.archives[path] = parts[0]
             with tarfile.open(parts[0]) as archive:
-                members = [item.name for item in archive if item.isfile()]
+                members = [item.name for item in archive if item.isfile() or item.islnk()]
                 while archive.fileobj.read(2**20):  # to the very end, where a checksum stands
                     pass
                 return members
@@ -183,9 +184,10 @@ class Files:
                             raise InputError(f"{archive} names a file outside of its folder: {member}")
                         if not os.path.exists(target):
                             os.makedirs(os.path.dirname(target), exist_ok=True)
-                            with open(target + ".tmp", "wb") as f:
+                            whole = f"{target}.{os.getpid()}.tmp"  # another process may be at it too
+                            with open(whole, "wb") as f:
                                 f.write(content())
-                            os.replace(target + ".tmp", target)
+                            os.replace(whole, target)
                         bar.update()
 
     def contents(self, archive, members):
@@ -204,17 +206,21 @@ class Files:
 
 def items(path):
     """The rows of a JSON list or of JSON Lines, one by one: a list of a million is never parsed as a whole"""
-    with open(path, encoding="utf-8") as f:
-        if f.read(1) != "[":
+    with open(path, encoding="utf-8-sig") as f:
+        if not f.read(100).lstrip().startswith("["):
             yield from Lines(path)
             return
-        text, at = f.read(), 0
+        f.seek(0)
+        text = f.read()
+    at = text.index("[") + 1
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     while not text.startswith("]", at := gap.match(text, at).end()):
         try:
             row, at = decoder.raw_decode(text, at)
         except ValueError as error:  # also where a download was cut off
             raise InputError(f"{path} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path} lists a {type(row).__name__}, must list records")
         yield row
 
 
@@ -232,6 +238,7 @@ def mmpr_rows(files, args, dropped):
     for name, entry in entries.items():
         if entry is None:
             raise InputError(f"meta.json names {meta[name]['annotation']}, which is in no archive")
+    shutil.rmtree(os.path.join(args.out, "annotations"), ignore_errors=True)  # of a run that was stopped
     files.unpack(list(entries.values()), os.path.join(args.out, "annotations"))
     parts = [(name, Lines(os.path.join(args.out, "annotations", entry[0]))) for name, entry in entries.items()]
     lengths = [next((i for i, row in enumerate(rows) if isinstance(row.get("image"), list)), len(rows))
@@ -268,23 +275,27 @@ def other_rows(files, patterns, dropped):
         if not any(fnmatch.fnmatch(path, pattern) for pattern in patterns):
             continue
         for row in items(os.path.join(files.folder, path)):
-            to_record, _, questions, per_question = form_of(row)
-            for k in range(max(1, len(row.get(questions) or ()) // per_question) if questions else 1):
+            form = form_of(row)
+            for k in range(form.n_questions(row)):
                 try:
-                    record = to_record(row, k)
+                    record = form.to_record(row, k)
                     image = record.pop("image", None)
                     if not isinstance(image, str):
                         raise BadRow("no picture" if not image else "several pictures")
                     entry = files.find(image)
                     if entry is None:
                         raise BadRow("picture not found")
-                except (BadRow, *NOT_IN_FORM) as error:
+                except BadRow as error:
                     dropped[re.sub(r"\d+", "N", str(error))] += 1
+                    continue
+                except NOT_IN_FORM:
+                    dropped["not in the form of its columns"] += 1
                     continue
                 yield {**record, **{key: row[key] for key in ("id", "gt") if key in row}}, entry
 
 
 def prepare(args):
+    """Fills OUT: rows.jsonl, images/, manifest.json. Raises InputError, one line"""
     name, _, config = args.name.partition("/")
     if name not in SETS or bool(config) != (name == "llava-onevision"):
         raise InputError(f"{args.name}: sets that come as archives are {', '.join(SETS)}/CONFIG; others need none of "
@@ -292,12 +303,13 @@ def prepare(args):
     hub_id, patterns, rows_in = SETS[name]
     patterns = [pattern.format(config=config) for pattern in patterns]
     done = os.path.join(args.out, "manifest.json")
-    asked = {key: getattr(args, key) for key in ("name", "n", "seed", "tokenizer", "max_tokens")}
+    asked = {key: getattr(args, key) for key in ("name", "folder", "n", "seed", "tokenizer", "max_tokens")}
+    begun = os.path.join(args.out, "asked.json")
+    if os.path.exists(begun):
+        with open(begun) as f:
+            if json.load(f) != asked:
+                raise InputError(f"{args.out} was begun with other settings, see its asked.json; name another folder")
     if os.path.exists(done):
-        with open(done) as f:
-            if json.load(f)["asked"] != asked:
-                raise InputError(f"{args.out} was prepared with other settings, see its manifest.json; "
-                                 "name another folder")
         print(f"{args.out} is ready")
         return
     folder = args.folder or download(hub_id, patterns)
@@ -315,6 +327,7 @@ def prepare(args):
                 break
     if not n:
         raise InputError(f"{args.name}: not one row can be used: {dict(dropped)}")
+    write_json(begun, asked)  # from here on another run must not go on with other settings
     files.unpack(list(entries), os.path.join(args.out, "images"))
     manifest = {"asked": asked, "hub": hub_id, "kept": n, "dropped": dict(dropped), "pictures": len(entries),
                 "rows_sha256": sha256(part),
@@ -322,9 +335,7 @@ def prepare(args):
                                  "sha256": sha256(os.path.join(folder, path))}
                           for path in tqdm(files.paths, desc="hash", unit="file")}, "versions": common.versions()}
     os.replace(part, os.path.join(args.out, "rows.jsonl"))
-    with open(done + ".tmp", "w") as f:
-        json.dump(manifest, f, indent=1)
-    os.replace(done + ".tmp", done)
+    write_json(done, manifest)
     shutil.rmtree(os.path.join(args.out, "annotations"), ignore_errors=True)  # MMPR's, unpacked
     common.print_table(f"{args.name}: {n} records, {len(entries)} pictures in {args.out}",
                        ["", "kept", *dropped], [["rows", n, *dropped.values()]])
@@ -336,8 +347,15 @@ def download(hub_id, patterns):
     try:
         return snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:  # each failure of the hub has its own type
-        raise InputError(f"{hub_id} cannot be downloaded: {str(error).splitlines()[0]}; with its files at hand, "
+        raise InputError(f"{hub_id} cannot be downloaded: {first_line(error)}; with its files at hand, "
                          "name their folder by --from") from error
+
+
+def write_json(path, value):
+    """Writes a file, whole or not at all"""
+    with open(f"{path}.{os.getpid()}.tmp", "w") as f:
+        json.dump(value, f, indent=1)
+    os.replace(f.name, path)
 
 
 def sha256(path):
@@ -349,9 +367,11 @@ def sha256(path):
 
 
 def show(args):
+    """Draws the contact sheet. Raises InputError, one line"""
     for kind in ("pairs", "sft"):
         try:
-            stream = Stream(args.data, kind, 1, 1, 4, 10 * args.n, args.seed, weights=args.weights)
+            stream = Stream(args.data, kind, batch_size=4, n_steps=1, limit=4, buffer=10 * args.n, seed=args.seed,
+                            weights=args.weights)
             break
         except InputError as error:
             if kind == "sft":

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from model import InputError
+from model import InputError, first_line
 from scenes import WORLDS, Scenes
-from sources import BadRow, Lines, dicts, expand, form_of, length, open_rows, sliced
+from sources import BadRow, Lines, expand, form_of, length, open_rows, sliced
 from trees import cut
 
 FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
@@ -32,6 +32,7 @@ class Nested(Sequence):
 
     def __init__(self, values, starts):
         self.values, self.starts = values, starts  # an array or Nested; array of one more than there are lists
+        self.n_pictures = len(self)                # of trees: how many pictures they are about
 
     def __len__(self):
         return len(self.starts) - 1
@@ -54,37 +55,37 @@ class Rows:
     def __init__(self, source, rows, kind, columns=None, folder=None, n=None):
         self.source, self.rows, self.kind, self.folder = source, rows, kind, folder
         self.is_hub, columns = hasattr(rows, "column_names"), columns or set().union(*rows)
-        _, gives, self.questions, self.items = form_of(columns)
-        *others, last = FIELDS[kind]
-        given = gives or columns
+        self.form, (*others, last) = form_of(columns), FIELDS[kind]
+        given = self.form.gives or columns
         missing = [field for field in others if field not in given]
         missing += [last] * (not given & {last, *STAND_INS.get(kind, ())})
         if missing:
             raise InputError(f"{source} has no column {', '.join(map(repr, missing))}; "
                              f"it has: {', '.join(sorted(columns))}")
-        self.first, self.opened = None, (None, None)
-        if hasattr(rows, "__len__"):  # a stream counts as it goes
-            if self.questions:  # first (rows + 1,): the number of each row's first record
-                counts = np.fromiter(self._lengths(), np.int64, len(rows)) // self.items
-                self.first = np.concatenate([[0], np.cumsum(np.maximum(counts, 1))])
+        self.first, self.opened, self.streamed = None, (None, None), not hasattr(rows, "__len__")
+        self.undecoded = rows.with_format("arrow") if self.is_hub and not self.streamed else rows
+        if not self.streamed:  # a stream counts as it goes
+            if self.form.questions:  # first (rows + 1,): the number of each row's first record
+                self.first = np.concatenate([[0], np.cumsum(np.fromiter(self._counts(), np.int64, len(rows)))])
             n_records = len(rows) if self.first is None else int(self.first[-1])
             self.n = min(n or n_records, n_records)
 
     def __len__(self):
         return self.n
 
-    def _lengths(self):
-        """How long the list of each row is that holds its questions"""
+    def _counts(self):
+        """How many records each row is, as Form.n_questions; of hub rows without reading more than lengths"""
         if not self.is_hub:
-            yield from (len(row.get(self.questions) or ()) for row in self.rows)
+            yield from map(self.form.n_questions, self.rows)
             return
         import pyarrow.compute
         import pyarrow.types
-        for part in self.rows.select_columns([self.questions]).with_format("arrow").iter(10_000):
-            lists = part[self.questions]
+        for part in self.rows.select_columns([self.form.questions]).with_format("arrow").iter(10_000):
+            lists = part[self.form.questions]
             if pyarrow.types.is_struct(lists.type):  # a dict of lists instead of a list of dicts
                 lists = pyarrow.compute.struct_field(lists, [0])
-            yield from pyarrow.compute.list_value_length(lists).fill_null(0).to_pylist()
+            lengths = pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy()
+            yield from np.maximum(1, -(-lengths // self.form.items))
 
     def _columns(self, column):
         """A hub column in parts, as plain lists; arrow: bytes, undecoded"""
@@ -104,7 +105,9 @@ class Rows:
         numbers = np.argsort(first, kind="stable")
         new = np.flatnonzero(np.diff(first[numbers], prepend=-1))       # where the next picture begins
         place = np.arange(len(numbers)) - np.repeat(new, np.diff(new, append=len(numbers)))  # within its picture
-        return Nested(numbers, np.append(np.flatnonzero(place % limit == 0), len(numbers)))
+        trees = Nested(numbers, np.append(np.flatnonzero(place % limit == 0), len(numbers)))
+        trees.n_pictures = len(new)
+        return trees
 
     def _pictures(self):
         """A number for each row, equal where rows share a picture; no picture is decoded"""
@@ -114,7 +117,7 @@ class Rows:
             yield from (i // self.rows.questions for i in range(len(self)))
             return
         if self.first is not None:
-            yield from (self.locate(i)[0] for i in range(len(self)))
+            yield from np.repeat(np.arange(len(self.rows)), np.diff(self.first))[:self.n]
             return
         if self.is_hub:
             column = "image" if "image" in self.rows.column_names else "images"
@@ -141,19 +144,21 @@ class Rows:
 
     def raw(self, row):
         """A row as it is stored, its pictures undecoded"""
-        return self.rows.with_format("arrow")[row].to_pylist()[0] if self.is_hub else self.rows[row]
+        return self.undecoded[row].to_pylist()[0] if self.is_hub else self.rows[row]
 
     def text(self, i):
         """Record i without its picture, and unchecked; {} if it cannot be made"""
         row, k = self.locate(i)
         try:
             row = self.raw(row)
-            return form_of(row)[0](row, k)
+            return form_of(row).to_record(row, k)
         except (BadRow, *NOT_IN_FORM):
             return {}
 
     def __getitem__(self, i):
         """-> the record with its picture opened; raises BadRow with the row's name and the reason"""
+        if not 0 <= i < self.n:
+            raise IndexError(i)
         row, k = self.locate(i)
         name = f"{self.source} row {row}" + f" question {k + 1}" * (self.first is not None)
         return {**self.check(name, self.raw(row), k), "row": i}
@@ -162,16 +167,17 @@ class Rows:
         """A row as it is stored -> the record of its question k, with its picture opened; or BadRow, with its name"""
         try:
             try:
-                record = form_of(row)[0](row, k)  # JSONL rows may differ in form
+                record = form_of(row).to_record(row, k)  # JSONL rows may differ in form
             except NOT_IN_FORM as error:
                 raise BadRow(f"is not in the form of its columns ({type(error).__name__}: {error})") from None
             fields = FIELDS[self.kind][1:]
             last = fields[-1]
-            if last not in record:
+            if self.kind == "sft" and record.get("chosen") is not None and "rejected" in record:
+                record["answer"] = record["chosen"]  # a preference row, whatever else it has: what DPO reads SFT reads
+                fields += ("rejected",)  # unread, but what DPO drops SFT drops too
+            elif last not in record:
                 stand_in = next((name for name in STAND_INS.get(self.kind, ()) if name in record), last)
                 record[last] = record.get(stand_in)
-                if self.kind == "sft" and "rejected" in record:
-                    fields += ("rejected",)  # unread, but what DPO drops SFT drops too
             if self.kind == "captions" and isinstance(record[last], list):
                 record[last] = next(iter(record[last]), "")
             for field in fields:
@@ -221,26 +227,29 @@ class Mixture:
     def __len__(self):
         return int(self.starts[-1])
 
-    def locate(self, i):
+    def part_of(self, i):
+        """Record i -> the source that it is from, its number there"""
         part = int(np.searchsorted(self.starts, i, "right")) - 1
         return self.parts[part], i - int(self.starts[part])
 
     def text(self, i):
-        part, i = self.locate(i)
-        return part.text(i)
+        part, number = self.part_of(i)
+        return part.text(number)
 
     def __getitem__(self, i):
-        part, number = self.locate(i)
+        part, number = self.part_of(i)
         return {**part[number], "row": i}
 
     def trees(self, limit):
-        """As Rows.trees; a tree holds rows of one source"""
+        """As Rows.trees; a tree holds rows of one source. For --weights it has `sizes` and `pictures`: how many trees
+        and how many pictures are of each source"""
         parts, numbers, starts = [part.trees(limit) for part in self.parts], [], [[0]]
         for trees, first in zip(parts, self.starts):
             numbers.append(trees.values + first)
             starts.append(trees.starts[1:] + first)
         mixed = Nested(np.concatenate(numbers), np.concatenate(starts))
-        mixed.sizes = [len(trees) for trees in parts]  # trees of each source, for --weights
+        mixed.sizes, mixed.pictures = [len(trees) for trees in parts], [trees.n_pictures for trees in parts]
+        mixed.n_pictures = sum(mixed.pictures)
         return mixed
 
     def identity(self):
@@ -284,6 +293,7 @@ def load(source, kind, n=None, seed=0):
 
 
 def check_weights(weights, n_sources):
+    """Raises InputError unless there are as many positive --weights as sources, and several of both, or no weights"""
     if weights and (len(weights) != n_sources or n_sources == 1 or min(weights) <= 0):
         raise InputError(f"--weights: give a positive number for each of several --data; there are {n_sources}")
 
@@ -303,11 +313,12 @@ class Stream:
         for number, several in enumerate(map(expand, sources)):
             parts = [self.open(each, kind, n) for each in several]
             sizes = [1.0] if len(parts) == 1 and (weights or len(sources) == 1) else \
-                [len(part.trees(limit)) if hasattr(part, "n") else length(part.rows, part.source) for part in parts]
+                [length(part.rows, part.source) if part.streamed else len(part.trees(limit)) for part in parts]
             self.weights += [size * (weights[number] / sum(sizes) if weights else 1) for size in sizes]
             self.parts += parts
 
     def open(self, source, kind, n):
+        """-> Rows, whose rows are a stream if they are of the hub or of parquet files"""
         if is_drawn(source) or sliced(source)[0].endswith(".jsonl"):
             return load(source, kind, n, self.seed)
         rows = open_rows(source, n, stream=True).decode(False)
@@ -327,31 +338,36 @@ class Stream:
         """
         generator, readers = random.Random(self.seed), [self.read(part) for part in range(len(self.parts))]
         while True:
-            yield next(generator.choices(readers, self.weights)[0])
+            yield from next(generator.choices(readers, self.weights)[0])
 
     def read(self, part):
+        """Without end: the trees of a row of source number `part`; of rows that are not streamed, one tree at a time"""
         rows, epoch, number = self.parts[part], 0, -1
         buffer = max(1, round(self.buffer * self.weights[part] / sum(self.weights)))
         while True:
             seed = self.seed * 1_000_003 + epoch
-            if hasattr(rows, "n"):
+            if not rows.streamed:
                 trees, generator = rows.trees(self.limit), torch.Generator().manual_seed(seed)
                 for i in torch.randperm(len(trees), generator=generator).numpy():
-                    yield [(part, number, None, 0) for number in trees[i]]
+                    yield [[(part, number, None, 0) for number in trees[i]]]
             else:
                 try:
                     # of several files at a time it would hold a buffer each
                     shuffled = rows.rows.shuffle(seed=seed, buffer_size=buffer, max_buffer_input_shards=1)
                     for number, row in enumerate(shuffled):
-                        n = max(1, len(dicts(row[rows.questions]) or ()) // rows.items) if rows.questions else 1
-                        for at in range(0, n, self.limit):
-                            yield [(part, number, row, k) for k in range(at, min(at + self.limit, n))]
+                        n = rows.form.n_questions(row)
+                        yield [[(part, number, row, k) for k in range(at, min(at + self.limit, n))]
+                               for at in range(0, n, self.limit)]
                 except (OSError, ValueError) as error:
                     raise InputError(f"--data {rows.source}: the stream broke off after row {number}: "
-                                     f"{str(error).splitlines()[0]}") from error
+                                     f"{first_line(error)}") from error
                 if number < 0:
                     raise InputError(f"{rows.source} has no rows")
             epoch += 1
+
+    def first(self):
+        """An item to look at, which fills no buffer"""
+        return 0, 0, next(iter(self.parts[0].rows)) if self.parts[0].streamed else None, 0
 
     def __getitem__(self, item):
         part, number, row, k = item

@@ -329,7 +329,7 @@ def contact_sheet(rows, path, columns=4):
         if "image" in row:
             width, height = row["image"].size
             above.imshow(row["image"], extent=(0, width, height, 0))
-        if row.get("box"):
+        if isinstance(row.get("box"), (list, tuple)) and len(row["box"]) == 4 and "image" in row:
             x0, y0, x1, y1 = row["box"]
             above.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white"))
         texts = [f"{field}: {row[field]}" for field in ("question", "answer", "chosen", "rejected", "dropped")

@@ -16,10 +16,12 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from model import InputError
+from model import InputError, first_line
 
 ONEVISION = """ai2d(gpt4v) ai2d(internvl) ai2d(cauldron,llava_format) allava_instruct_vflan4v allava_instruct_laion4v
     aokvqa(cauldron,llava_format) cambrian(filtered) chart2text(cauldron) chartqa(cauldron,llava_format) chrome_writting
@@ -41,7 +43,7 @@ ONEVISION = """ai2d(gpt4v) ai2d(internvl) ai2d(cauldron,llava_format) allava_ins
 # PIVOT's single_image.yaml, its percentages included. Not here: magpie_pro, which has no pictures, and ureader_*, which
 # are archives (python data.py prepare llava-onevision/ureader_qa --out DIR)
 
-NAMES = {  # name -> what it stands for; NAME/CONFIG works for each that is a single hub id
+NAMES = {  # name -> what it stands for
     "rlaif-v": ["openbmb/RLAIF-V-Dataset"],                              # 83k pairs
     "rlaif-v-h4": ["HuggingFaceH4/rlaif-v_formatted"],                   # the same, as conversations
     "rlaif-v-trl": ["trl-lib/rlaif-v"],
@@ -56,8 +58,11 @@ NAMES = {  # name -> what it stands for; NAME/CONFIG works for each that is a si
     "pivot-stage3": ["llava-next", *(f"llava-onevision/{config}" for config in              # its "Cambrian-737K"
                                      ("textocr(gpt4v)", "infographic_vqa", "infographic(gpt4v)"))],
 }
-ARCHIVES = ("mmpr-v1.2", "llava-pretrain", "vlaa-thinking", "llava-onevision/ureader_")  # see prepare.py
-BY_CONFIG = ("llava-onevision", "cauldron", "finevision")                # sets that are many: the name alone means all
+ARCHIVES = {  # name -> hub id of what load_dataset reads wrongly or not at all; see prepare.py
+    "mmpr-v1.2": "OpenGVLab/MMPR-v1.2", "llava-pretrain": "liuhaotian/LLaVA-Pretrain",
+    "vlaa-thinking": "UCSC-VLAA/VLAA-Thinking", "llava-onevision/ureader_": "lmms-lab/LLaVA-OneVision-Data/ureader_"}
+BY_CONFIG = ("llava-onevision", "cauldron", "finevision")  # NAME/CONFIG is one config, the name alone means all of them
+NOT_READ = ("ureader_", "magpie_pro")                      # llava-onevision's archives and its rows without pictures
 
 
 class BadRow(InputError):
@@ -73,6 +78,7 @@ def dicts(value):
 
 
 def only(pictures):
+    """The picture of a list of exactly one; raises BadRow"""
     if len(pictures or ()) != 1:
         raise BadRow(f"has {len(pictures or ())} pictures, must have exactly one")
     return pictures[0]
@@ -144,21 +150,33 @@ def as_it_is(row, _):
 
 
 PAIR, ANSWER = {"image", "question", "chosen", "rejected"}, {"image", "question", "answer"}
-FORMS = [  # the columns that tell it, (row, number of the question) -> record, the record's fields, and where one row
-    # asks several questions: the column that lists them, how many items of the list are one
-    ({"images", "conversations", "chosen", "rejected"}, from_llama_factory, PAIR, None, None),
-    ({"images", "prompt", "chosen", "rejected"}, from_trl, PAIR, None, None),
-    ({"image", "prompt", "completions"}, from_ratings, PAIR, None, None),
-    ({"image", "conversations"}, from_llava, ANSWER, "conversations", 2),
-    ({"images", "texts"}, from_cauldron, ANSWER, "texts", 1),
-    ({"image", "question", "ds_answer"}, from_vlaa, ANSWER, None, None),
-    (set(), as_it_is, None, None, None),
+class Form(NamedTuple):
+    """How the rows of somebody's data set become records"""
+    columns: set                        # that tell the form
+    to_record: Callable                 # (row, number of the question) -> record; raises BadRow
+    gives: set | None = None            # the record's fields; None: those of the row
+    questions: str | None = None        # the column that lists several questions, where a row asks several
+    items: int = 1                      # how many items of that list are one question and its answer
+
+    def n_questions(self, row):
+        """How many records a row is: at least one, and one for a rest that has no answer, so that it is counted"""
+        return max(1, -(-len(dicts(row.get(self.questions)) or ()) // self.items))
+
+
+FORMS = [
+    Form({"images", "conversations", "chosen", "rejected"}, from_llama_factory, PAIR),
+    Form({"images", "prompt", "chosen", "rejected"}, from_trl, PAIR),
+    Form({"image", "prompt", "completions"}, from_ratings, PAIR),
+    Form({"image", "conversations"}, from_llava, ANSWER, "conversations", 2),
+    Form({"images", "texts"}, from_cauldron, ANSWER, "texts", 1),
+    Form({"image", "question", "ds_answer"}, from_vlaa, ANSWER),
+    Form(set(), as_it_is),
 ]
 
 
 def form_of(columns):
-    """The first form that has these columns, without them"""
-    return next(form[1:] for form in FORMS if form[0] <= set(columns))
+    """The first Form that has these columns"""
+    return next(form for form in FORMS if form.columns <= set(columns))
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
@@ -222,9 +240,11 @@ def expand(source):
     base, _, config = name.partition("/")
     if os.path.exists(name):
         return [source]
-    if name.startswith(ARCHIVES):
-        raise InputError(f"--data {name} is archives, to be unpacked once: python data.py prepare '{name}' --out DIR, "
-                         "then --data DIR/rows.jsonl")
+    for short, hub_id in ARCHIVES.items():
+        for beginning in (short, hub_id):
+            if name.startswith(beginning):
+                raise InputError(f"--data {name} is archives, to be unpacked once: python data.py prepare "
+                                 f"'{short}{name.removeprefix(beginning)}' --out DIR, then --data DIR/rows.jsonl")
     if base not in NAMES:
         return [source]
     if config and base not in BY_CONFIG:
@@ -237,13 +257,17 @@ def expand(source):
         configs = datasets.get_dataset_config_names(NAMES[base][0])
     except Exception as error:  # each failure of the hub has its own type
         raise InputError(f"--data {source}: the configs of {NAMES[base][0]} cannot be listed: "
-                         f"{str(error).splitlines()[0]}") from error
-    return [f"{NAMES[base][0]}/{each}{part}" for each in configs]
+                         f"{first_line(error)}") from error
+    if left_out := [each for each in configs if base == "llava-onevision" and each.startswith(NOT_READ)]:
+        print(f"left out    of {base}: {', '.join(left_out)} (archives, or without pictures)")
+    return [f"{NAMES[base][0]}/{each}{part}" for each in configs if each not in left_out]
 
 
 def open_rows(source, n=None, stream=False):
     """A .jsonl or .parquet file, a folder of parquet files, a hub id or a hub id with a config -> its rows, the first
-    `n` of them or the slice that `source` names: Lines, datasets.Dataset or, with `stream`, IterableDataset."""
+    `n` of them or the slice that `source` names: Lines, datasets.Dataset or, with `stream`, IterableDataset.
+
+    Raises InputError or FileNotFoundError, one line that begins with the source."""
     name, part = sliced(source)
     if name.endswith(".jsonl"):
         if not os.path.isfile(name):
@@ -264,7 +288,9 @@ def open_rows(source, n=None, stream=False):
             rows = load_dataset(**where, split="train", streaming=stream)
         except Exception as error:  # each failure of the hub or of a file has its own type
             why = error.__cause__ if isinstance(error, exceptions.DatasetGenerationError) else error
-            raise InputError(f"--data {name} cannot be loaded: {str(why).splitlines()[0]}") from error
+            raise InputError(f"--data {name} cannot be loaded: {first_line(why)}") from error
+        if stream and rows.features is None:
+            raise InputError(f"--data {name} does not say which columns it has: it cannot be read with --stream")
     if part:
         size = length(rows, source) if "%" in part else math.inf
         for each in re.findall(r"\d+%?", part):
@@ -281,11 +307,11 @@ def open_rows(source, n=None, stream=False):
 
 
 def length(rows, source):
-    """How many rows there are; of a stream if its maker said so"""
+    """How many rows there are; of a stream if its maker said so, else raises InputError"""
     if hasattr(rows, "__len__"):
         return len(rows)
     split = (rows.info.splits or {}).get(rows.split)
     if not split or not split.num_examples:
-        raise InputError(f"--stream: how many rows {source} has is not known before it is read: give --weights, and "
+        raise InputError(f"how many rows {source} has is not known before its stream is read: give --weights, and "
                          "numbers of rows instead of percentages")
     return split.num_examples

@@ -35,7 +35,7 @@ from model import MLLM, InputError
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
                     help="preference pairs: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
-                         "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of one")
+                         "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")
 parser.add_argument("--init", required=True, help="run directory to start from, which is also the reference")
 parser.add_argument("--beta", type=float, default=0.1,
                     help="how strongly to stay near the reference (a factor on summed log-ratios)")

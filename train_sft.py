@@ -36,7 +36,7 @@ from model import MLLM, InputError
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
                     help="rows to learn: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
-                         "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of one")
+                         "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")
 parser.add_argument("--init",
                     help="run directory to start from; without it --vision and --llm are joined by a fresh connector")
 parser.add_argument("--vision",
@@ -80,6 +80,8 @@ def start(args):
             with torch.random.fork_rng(enabled=args.lr_vision == 0):  # a random control gets the LLM that others get
                 scenes.tiny_vision(vision, *(int(size) for size in tiny.groups() if size))
         if llm == "tiny":
+            if args.stream:
+                raise InputError("--llm tiny learns its words from --data, which --stream does not load: name an --llm")
             llm = os.path.join(folder, "llm")
             scenes.tiny_llm(llm, data.texts(args.data))
         hidden = 0 if args.connector == "linear" else len(kept["up.weight"]) if kept else None  # None: the LLM's width

@@ -161,10 +161,11 @@ LLAVA_FILES = (
     [(llava(picture(0), "<image>\none?", "1"), [("<image>\none?", "1", 0)]),
      (llava(picture(1), "<image>\none?", "1", "two?", "2", "three?", "3"), [("<image>\none?", "1", 1), ("two?", "2", 1), ("three?", "3", 1)]),
      (llava(None, "text?", "yes", "only?", "yes"), ["it has no picture"] * 2)],
-    [(llava(picture(2), "one?", "1", "left open?"), [("one?", "1", 2)]),
+    [(llava(picture(2), "one?", "1", "left open?"), [("one?", "1", 2), turned(3, ["human"])]),
      (llava(picture(2), "left open?"), [turned(1, ["human"])]),
      (llava(picture(2)), [turned(1, [])]),
-     (llava(picture(3), "hello", "one?", "1", "two?", roles=("gpt", "human")), [turned(1, ["gpt", "human"]), turned(3, ["gpt", "human"])]),
+     (llava(picture(3), "hello", "one?", "1", "two?", "2", roles=("gpt", "human")),
+      [turned(1, ["gpt", "human"]), turned(3, ["gpt", "human"]), turned(5, ["gpt"])]),
      (llava(picture(3), "be short", "one?", roles=("system", "human")), [turned(1, ["system", "human"])]),
      (llava(picture(4), "one?", " ", "two?", "a <image>", "", "3", "four?", "4"),
       ["'answer' is empty", "a response contains the <image> tag", "'question' is empty", ("four?", "4", 4)]),
@@ -435,8 +436,8 @@ def test_weights_are_shares_of_the_pictures(three):
     trees, sizes = rows.trees(4), [20, 30, 30]
     of = {tuple(tree): source for source, part in enumerate(np.split(np.arange(80), [20, 50])) for tree in map(trees.__getitem__, part)}
     assert len(trees) == 80 and trees.sizes == sizes
-    assert all({rows.locate(i)[0].source for i in tree} == {three[source]} for tree, source in of.items())
-    for weights in ((1, 1, 1), (5, 3, 2), (.07, .02, .01), (1, 1e-6, 1), (99, 1, 1)):
+    assert all({rows.part_of(i)[0].source for i in tree} == {three[source]} for tree, source in of.items())
+    for weights in ((1, 1, 1), (5, 3, 2), (.07, .02, .01), (99, 1, 1)):
         expected = [round(w / sum(weights) * 80) for w in weights]
         drawn = [tuple(tree) for step in data.order(trees, 8, 3, 0, None, weights) for tree in step]
         epochs = [drawn[at:at + sum(expected)] for at in range(0, len(drawn), sum(expected))]
@@ -487,7 +488,7 @@ def test_a_stream_needs_steps_and_sizes(three):
     with pytest.raises(data.InputError, match="^--stream needs --steps"):
         data.plan(args, "sft")
     args.steps = 3
-    with pytest.raises(data.InputError, match=r"^--stream: how many rows \S+talks has is not known .*: give --weights"):
+    with pytest.raises(data.InputError, match=r"^how many rows \S+talks has is not known before its stream is read: give --weights"):
         data.plan(args, "sft")
     args.weights = [1, 1, 2]
     rows, steps = data.plan(args, "sft")
@@ -1008,7 +1009,7 @@ def test_a_second_run_is_done_and_a_killed_one_goes_on(mmpr, tmp_path, run, monk
     assert run(*ask, tmp_path / "whole") == f"{tmp_path}/whole is ready\n"
     assert before == {name: (tmp_path / "whole" / name).stat().st_mtime_ns for name in files_in(tmp_path / "whole")}
     for other in (("--n", 21), ("--seed", 1), ("--max_tokens", 61), ("--tokenizer", "gpt2")):
-        assert "was prepared with other settings, see its manifest.json" in refused(run, *ask, tmp_path / "whole", *other)
+        assert "was begun with other settings, see its asked.json" in refused(run, *ask, tmp_path / "whole", *other)
     assert files_in(tmp_path / "whole") == whole
 
 

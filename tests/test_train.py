@@ -1,9 +1,9 @@
 """Both trainers, run as a user runs them (their own main), on tiny models; and the equations by hand."""
+import importlib.util
 import json
 import math
 import os
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -488,11 +488,14 @@ def test_a_mixture_trains_on_its_shares(stage, train, monkeypatch):
     assert len(seen) == 24 and sum(row < 12 for row in seen) == 18 and json.load(open(run + "/config.json"))["data"][1] == "scenes/train/plain"
 
 
-def test_the_log_is_passed_on(train, monkeypatch):
-    # every line of log.jsonl, value by value, as tensorboard reads it back; a package that is not there is named before anything is written
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(InputError, match="^--report_to trackio needs that package: pip install trackio$"):
-        train("sft", "--report_to", "trackio", out="none")
+def test_the_log_is_passed_on(train, monkeypatch, capsys, tmp_path):
+    # every line of log.jsonl, value by value, as tensorboard reads it back; a package that is not there is named before anything is loaded
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, message in (("trackio", "argument --report_to: needs that package: pip install trackio"), ("mlflow", "'mlflow' is none of tensorboard")):
+        with pytest.raises(SystemExit):
+            train("sft", "--report_to", name)
+        assert message in capsys.readouterr().err and os.listdir(tmp_path) == []
+    monkeypatch.undo()
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
     run, lines = train("sft", "--report_to", "tensorboard")
     found = events.EventAccumulator(os.path.join(run, "tensorboard")).Reload()
