@@ -98,7 +98,9 @@ class Rows:
             raise InputError("--questions_per_tree and --batch_size must be at least 1")
         numbers = np.arange(len(self))
         if limit == 1:
-            return Nested(numbers, np.arange(len(self) + 1))
+            trees = Nested(numbers, np.arange(len(self) + 1))
+            trees.n_pictures = self.locate(len(self) - 1)[0] + 1
+            return trees
         pictures = np.fromiter(self._pictures(), np.int64, len(self))
         _, first, group = np.unique(pictures, return_index=True, return_inverse=True)
         first = first[group.ravel()]                                    # the first row about the same picture
@@ -298,6 +300,21 @@ def check_weights(weights, n_sources):
         raise InputError(f"--weights: give a positive number for each of several --data; there are {n_sources}")
 
 
+def shuffled(rows, size, generator):
+    """The rows in another order, never more than `size` of them in memory. (The buffer of datasets is one arrow table,
+    which breaks at 2 GB of pictures.)"""
+    buffer = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+            continue
+        at = generator.randrange(size)
+        buffer[at], row = row, buffer[at]
+        yield row
+    generator.shuffle(buffer)
+    yield from buffer
+
+
 class Stream:
     """--stream: the rows of hub sets and parquet files as they come, never all at once. It is both the rows and the
     steps of a stage; drawn worlds and JSONL files may be among the sources, as they are never in memory anyway.
@@ -352,9 +369,8 @@ class Stream:
                     yield [[(part, number, None, 0) for number in trees[i]]]
             else:
                 try:
-                    # of several files at a time it would hold a buffer each
-                    shuffled = rows.rows.shuffle(seed=seed, buffer_size=buffer, max_buffer_input_shards=1)
-                    for number, row in enumerate(shuffled):
+                    files = rows.rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)  # their order only
+                    for number, row in enumerate(shuffled(files, buffer, random.Random(seed))):
                         n = rows.form.n_questions(row)
                         yield [[(part, number, row, k) for k in range(at, min(at + self.limit, n))]
                                for at in range(0, n, self.limit)]

@@ -18,6 +18,7 @@ from transformers import (AutoProcessor, AutoTokenizer, BitImageProcessor, Gener
                           LlavaForConditionalGeneration, PhiConfig, PhiForCausalLM, pipeline)
 
 import artefacts
+import data
 import model as model_file
 from conftest import LLAMA2, LLM, TOKENIZERS, VISION, WORDS, make_tokenizer, randomise
 from model import MLLM, SYSTEM, InputError
@@ -352,6 +353,17 @@ def test_one_run_is_asked_and_strange_answers_are_drawn(start_run, pictures, tmp
         artefacts.ask([start_run], str(tmp_path / "picture.png"), "$\\frac$?", str(tmp_path / "map.png"))
         assert capsys.readouterr().out.splitlines()[0] == f"start: {shown}"
     assert min(heights) > .7 and not matplotlib.pyplot.get_fignums()
+
+
+def test_a_photo_is_asked_the_right_way_up(start_run, pictures, tmp_path, monkeypatch):
+    # a telephone stores how it was held: training turns the picture (rows.py), and so does ask
+    seen, exif = [], Image.Exif()
+    exif[0x0112] = 6                                                                    # held upright, stored lying
+    pictures[1].save(tmp_path / "phone.png", exif=exif)
+    monkeypatch.setattr(model_file.MLLM, "generate", lambda self, images, *_: seen.extend(images) or ["a"])
+    artefacts.ask([start_run], str(tmp_path / "phone.png"), "what?")
+    trained = data.Rows("own", [{"image": str(tmp_path / "phone.png"), "question": "what?", "answer": "a"}], "sft")[0]["image"]
+    assert seen[0].size == trained.size == pictures[1].size[::-1] and np.array_equal(seen[0], trained)
 
 
 def test_what_cannot_be_asked_is_one_line(start_run, pictures, tmp_path, monkeypatch, capsys):

@@ -601,6 +601,24 @@ def test_sft_drops_what_dpo_drops(make, tmp_path):
     assert kept == [[0, 4], [0, 4]]
 
 
+def test_sft_imitates_what_dpo_prefers(folder):
+    # a pair that also has an answer: both arms read the chosen text, and drop the row for the same reasons
+    both = {**PAIR, "answer": "the truth"}
+    path = write(folder, both, {**both, "rejected": ""}, {**both, "chosen": None})
+    for kind, field in (("sft", "answer"), ("pairs", "chosen")):
+        rows = data.load(path, kind)
+        assert rows[0][field] == "a ring" and len(rows) == 3
+        with pytest.raises(data.BadRow, match="'rejected' is empty"):
+            rows[1]
+    assert rows.kind == "pairs" and data.load(path, "vqa")[0]["answer"] == "the truth"
+
+
+def test_iterating_over_rows_stops_at_their_number(folder):
+    talk = {"image": "a.png", "conversations": [{"from": who, "value": "x"} for who in ("human", "gpt") * 4]}
+    rows = data.load(write(folder, talk, talk), "sft", n=5)
+    assert len(rows) == len(list(rows)) == 5
+
+
 def test_steps_ask_for_as_many_passes_as_they_need():
     rows = [[i] for i in range(10)]
     steps = data.order(rows, 4, epochs=1, seed=0, steps=8)[:]  # three steps a pass: the third pass stops after two

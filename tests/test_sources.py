@@ -451,6 +451,23 @@ def test_weights_are_shares_of_the_pictures(three):
         assert min(expected) < 5 or shuffled != sorted(shuffled)                        # the sources are mixed, not one after the other
 
 
+@pytest.mark.parametrize("limit", [1, 4])
+def test_shares_are_of_the_pictures_read_or_streamed(tmp_path, limit):
+    # one question about each picture in one set, eight in the other: --weights 1 1 draws as many pictures, and so 1 : 8 questions, in either way
+    sets = [parquet(tmp_path / name, LLAVA, [llava(picture(i), *(text for k in range(n) for text in (f"{name}{i} {k}?", "1"))) for i in range(40)])
+            for name, n in (("one", 1), ("eight", 8))]
+    rows = data.load(sets, "sft")
+    drawn = [i for step in data.order(rows.trees(limit), 8, 5, 0, None, [1, 1]) for tree in step for i in tree]
+    assert Counter(i < 40 for i in drawn) == {True: 5 * 40, False: 5 * 320}
+    stream = data.Stream(sets, "sft", 8, 5, limit, 10, 0, None, [1, 1])
+    items = [item for tree in epoch(stream, 3000) for item in tree]
+    pictures = Counter(item[0] for item in items if item[3] == 0)
+    assert abs(pictures[0] / sum(pictures.values()) - .5) < .1 and abs(sum(item[0] for item in items) / len(items) - 8 / 9) < .05
+    assert data.order(data.load(sets, "sft").trees(limit), 8, 1, 0)[:] != []               # without weights: every row once, as ever
+    with pytest.raises(data.InputError, match="^--weights 1e-06: so small a share is not one of 80 pictures$"):
+        data.order(rows.trees(limit), 8, 1, 0, None, [1, 1e-6])
+
+
 def test_without_weights_every_row_comes_once_an_epoch(three):
     rows = data.load(three, "sft", 60)
     orders = {seed: data.order(rows.trees(4), 16, 2, seed)[:] for seed in (0, 1)}
