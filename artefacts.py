@@ -30,20 +30,23 @@ from model import MLLM, SYSTEM, InputError, swap
 from trees import pack
 
 parser = argparse.ArgumentParser(prog="model.py", description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+                                 formatter_class=common.Help)
 commands = parser.add_subparsers(required=True, metavar="export | ask")
-flags = commands.add_parser("export", help="write a run as a folder that transformers, vLLM and lmms-eval open")
+flags = commands.add_parser("export", formatter_class=common.Help,
+                            help="write a run as a folder that transformers, vLLM and lmms-eval open")
 flags.set_defaults(command=lambda args: export(args.run, args.folder))
 flags.add_argument("run", help="run directory")
 flags.add_argument("folder", help="folder to write; must not exist")
-flags = commands.add_parser("ask", help="ask one or several runs a question about a picture")
+flags = commands.add_parser("ask", formatter_class=common.Help,
+                            help="ask one or several runs a question about a picture")
 flags.set_defaults(command=lambda args: ask(args.runs, args.picture, args.question, args.map, args.max_new_tokens))
 flags.add_argument("runs", nargs="+", metavar="run", help="run directories")
 flags.add_argument("picture", help="picture file")
 flags.add_argument("question", help="the question, in quotation marks")
 flags.add_argument("--map", metavar="FILE.png",
-                   help="draw where the gradient of the log-probability of each run's own answer lies")
-flags.add_argument("--max_new_tokens", type=int, default=64, help="longest answer in tokens")
+                   help="draw where the gradient of the log-probability of each run's own answer lies, "
+                        "brightest at the image token where it is largest; each run has a scale of its own")
+flags.add_argument("--max_new_tokens", type=common.positive, default=64, help="longest answer in tokens")
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 
@@ -232,15 +235,17 @@ def seen(model, picture):
 
 
 def draw(path, question, panels):
-    """A panel a run: its answer, and the picture glowing where the gradient is, most where it is largest"""
-    figure, axes = figures.canvas(1, len(panels), 3, 3.2)
-    for axis, (text, pixels, (width, height), gradient) in zip(axes[0], panels):
-        extent, heat = (0, width, height, 0), gradient / gradient.max()
+    """The picture, and a panel a run: its answer, and the picture glowing where the gradient is, most where it is
+    largest"""
+    figure, axes = figures.canvas(1, len(panels) + 1, 3, 3.2)
+    plain = ("the picture", *panels[0][1:3], np.zeros((1, 1)))
+    for axis, (text, pixels, (width, height), gradient) in zip(axes[0], [plain, *panels]):
+        extent, heat = (0, width, height, 0), gradient / (gradient.max() or 1)
         axis.imshow(pixels, extent=extent)
         axis.imshow(heat, extent=extent, cmap="inferno", vmin=0, alpha=.75 * heat, interpolation="nearest")
-        axis.set_title(textwrap.fill(textwrap.shorten(text, 150, placeholder=" …"), 40), fontsize=8, parse_math=False)
+        axis.set_title(textwrap.fill(text if len(text) < 150 else text[:149] + "…", 40), fontsize=8, parse_math=False)
         figures.blank(axis)
-    figure.suptitle(textwrap.fill(question, 40 * len(panels)), fontsize=10, parse_math=False)
+    figure.suptitle(textwrap.fill(question, 40 * (len(panels) + 1)), fontsize=10, parse_math=False)
     figures.save(figure, path)
 
 

@@ -68,7 +68,7 @@ SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pair
 LR = 1e-5
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "middle"], help="sizes of model and data")
 parser.add_argument("--variants", nargs="+", choices=DPO + SFT, help="default: all; TRL's only where it is installed")
 parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")

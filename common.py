@@ -30,6 +30,14 @@ COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, a
         lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows a file's docstring as it is, and the default of every flag whose help does not tell it itself"""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
 def true_or_false(text):
     """An argparse type for flags that take a word: `type=bool` would read "false" as true."""
     if text.lower() not in ("true", "false"):
@@ -67,16 +75,16 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--stream", type=positive, metavar="BUFFER",
         help="read hub and parquet data as a stream, shuffled in a buffer of this many rows, instead of downloading it "
              "first; needs --steps")
-    add("--epochs", type=int, default=epochs, help="passes over the rows")
-    add("--steps", type=int,
-        help="stop after this many optimiser steps, in as many passes as they take (default: --epochs passes)")
-    add("--batch_size", type=int, default=batch_size, help="rows an optimiser step")
-    add("--micro_batch", type=int,
+    add("--epochs", type=positive, default=epochs, help="passes over the rows")
+    add("--steps", type=positive,
+        help="optimiser steps, in as many passes as they take, instead of --epochs (default: --epochs passes)")
+    add("--batch_size", type=positive, default=batch_size, help="rows an optimiser step")
+    add("--micro_batch", type=positive,
         help="rows a forward pass; smaller takes less memory, same gradient (default: --batch_size)")
-    add("--questions_per_tree", type=int, default=4,
+    add("--questions_per_tree", type=positive, default=4,
         help="rows about one picture that are read in one sequence, the picture once (see trees.py); they then fall "
              "into the same step. 1: every row by itself, pictures in any order")
-    add("--lr", type=float, default=lr, help="peak learning rate of all three parts")
+    add("--lr", type=float, default=lr, help="peak learning rate of all three parts; real weights want about 1e-5")
     add("--lr_vision", type=float, help="peak learning rate of the vision encoder, 0 freezes it (default: --lr)")
     add("--lr_connector", type=float, help="the same for the connector")
     add("--lr_llm", type=float, help="the same for the LLM")
@@ -85,7 +93,7 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--weight_decay", type=float, default=0.0, help="decoupled weight decay (the paper: 0)")
     add("--warmup", type=float, default=0.03, help="share of all steps over which the learning rate rises")
     add("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
-    add("--max_length", type=int, default=2048,
+    add("--max_length", type=positive, default=2048,
         help="longest row in tokens, image tokens included; longer rows are dropped and named")
     add("--grad_checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time")
@@ -98,7 +106,7 @@ def add_training_flags(parser, lr, epochs, batch_size):
         help="processes that decode pictures ahead of the step; 0 = in the training process, best for tiny pictures on "
              "a CPU (default: 8 on a GPU, else 0)")
     add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
-    add("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
+    add("--log_every", type=positive, default=10, help="steps between lines of log.jsonl")
     add("--report_to", type=installed_tracker, metavar=f"{{{','.join(TRACKERS)}}}",
         help="pass those lines on to this package as well, if it is installed (files of its own end up in OUT; trackio "
              "keeps its data base in the hub's cache)")
@@ -122,6 +130,8 @@ def cli(main):
         main()
     except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
 
 
 def check_out(out):

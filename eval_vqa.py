@@ -33,7 +33,7 @@ import data
 from model import MLLM, InputError
 from trees import pack
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("runs", nargs="+", help="run directories; the first is the one the others are compared with")
 parser.add_argument("--data", default="scenes/test/vqa",
                     help="questions: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
@@ -191,6 +191,8 @@ def write_pairs(model, rows, args):
     judged by `score` against the known answer.
 
     A question whose samples are all equally good teaches no preference: it is left out and counted."""
+    if os.path.exists(args.write_pairs):
+        raise InputError(f"--write_pairs {args.write_pairs} exists already; remove it or choose another name")
     folder, written, n_flat = os.path.dirname(os.path.abspath(args.write_pairs)), 0, 0
     os.makedirs(folder, exist_ok=True)
     records = read_records(rows)

@@ -381,6 +381,8 @@ class MLLM(Encoder):
             raise FileNotFoundError(f"{run} is not a run directory: it has no config.json")
         with open(config_file) as f:
             config = json.load(f)
+        if "format" not in config:
+            raise InputError(f"{run} is not a run directory, but a model in transformers' form")
         if config.get("format") != FORMAT:
             raise InputError(f"{config_file}: run format {config.get('format')}, this code reads {FORMAT}")
         connector = load_file(os.path.join(run, "connector.safetensors"))

@@ -21,7 +21,6 @@ import contextlib
 import fnmatch
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -40,7 +39,7 @@ import common
 import scenes
 from model import InputError, first_line, opened
 from rows import FIELDS, NOT_IN_FORM, Stream
-from sources import BadRow, Lines, form_of
+from sources import NAMES, BadRow, Lines, form_of
 
 SETS = {  # name -> hub id, the files that it needs, those of them that hold its rows
     "mmpr-v1.2": ("OpenGVLab/MMPR-v1.2", ("meta.json", "annotations*", "images*"), ("meta.json",)),
@@ -52,9 +51,9 @@ SETS = {  # name -> hub id, the files that it needs, those of them that hold its
 }
 
 parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+                                 formatter_class=common.Help)
 commands = parser.add_subparsers(dest="command", required=True)
-get = commands.add_parser("prepare", help="unpack a set that comes as archives")
+get = commands.add_parser("prepare", formatter_class=common.Help, help="unpack a set that comes as archives")
 get.add_argument("name", help=f"one of {', '.join(SETS)}/CONFIG")
 get.add_argument("--out", required=True, help="folder to write rows.jsonl, images/ and manifest.json into")
 get.add_argument("--from", dest="folder", help="folder that holds the set's files already (default: download them)")
@@ -64,7 +63,7 @@ get.add_argument("--seed", type=int, default=777,
                  help="of the order in which mmpr-v1.2 is walked through (PIVOT: 777)")
 get.add_argument("--tokenizer", default="Qwen/Qwen2.5-1.5B-Instruct", help="counts the tokens of mmpr-v1.2's rows")
 get.add_argument("--max_tokens", type=int, default=1500, help="longest question and chosen answer of mmpr-v1.2")
-look = commands.add_parser("show", help="a contact sheet with text")
+look = commands.add_parser("show", formatter_class=common.Help, help="a contact sheet with text")
 look.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
 look.add_argument("--n", type=common.positive, default=8,
                   help="how many pictures, drawn from the beginning of each source")
@@ -174,14 +173,14 @@ class Files:
         """Writes these files to OUT/PATH, each whole or not at all; those that are there already are left"""
         by_archive = {}
         for path, archive, member in entries:
+            if member.startswith("/") or ".." in path.split("/"):
+                raise InputError(f"{archive} names a file outside of its folder: {member}")
             by_archive.setdefault(archive, {})[member] = os.path.join(out, path)
         with tqdm(total=len(entries), desc="unpack", unit="file") as bar:
             for archive, targets in by_archive.items():
                 with unpacking(archive):
                     for member, content in self.contents(archive, targets):
                         target = targets[member]
-                        if os.path.relpath(target, out).startswith(".."):
-                            raise InputError(f"{archive} names a file outside of its folder: {member}")
                         if not os.path.exists(target):
                             os.makedirs(os.path.dirname(target), exist_ok=True)
                             whole = f"{target}.{os.getpid()}.tmp"  # another process may be at it too
@@ -229,6 +228,7 @@ def items(path):
 
 def mmpr_rows(files, args, dropped):
     """PIVOT's selection from MMPR-v1.2, in its order: yields (record, the entry of its picture)"""
+    tokenizer = opened(AutoTokenizer, args.tokenizer)
     with open(os.path.join(files.folder, "meta.json")) as f:
         try:
             meta = json.load(f)
@@ -246,7 +246,6 @@ def mmpr_rows(files, args, dropped):
     dropped["after a row with several pictures"] = sum(len(rows) for _, rows in parts) - sum(lengths)
     order, starts = list(range(sum(lengths))), np.cumsum([0] + lengths)
     random.Random(args.seed).shuffle(order)  # the same shuffle as of the rows themselves, which need not be in memory
-    tokenizer = opened(AutoTokenizer, args.tokenizer)
     for number in order:
         part = int(np.searchsorted(starts, number, "right")) - 1
         (name, rows), i = parts[part], number - int(starts[part])
@@ -298,8 +297,11 @@ def prepare(args):
     """Fills OUT: rows.jsonl, images/, manifest.json. Raises InputError, one line"""
     name, _, config = args.name.partition("/")
     if name not in SETS or bool(config) != (name == "llava-onevision"):
-        raise InputError(f"{args.name}: sets that come as archives are {', '.join(SETS)}/CONFIG; others need none of "
-                         "this")
+        raise InputError(f"{args.name} needs no preparing: give it to --data as it is" if name in {*NAMES} - {*SETS} else
+                         f"{args.name}: sets that come as archives are {', '.join(SETS)}/CONFIG")
+    if os.path.exists(args.out) and not any(os.path.exists(os.path.join(args.out, file))
+                                            for file in ("rows.jsonl.part", "asked.json")):
+        raise InputError(f"--out {args.out} exists and was not prepared here; choose another name")
     hub_id, patterns, rows_in = SETS[name]
     patterns = [pattern.format(config=config) for pattern in patterns]
     done = os.path.join(args.out, "manifest.json")
@@ -320,15 +322,16 @@ def prepare(args):
     part = os.path.join(args.out, "rows.jsonl.part")
     with open(part, "w", encoding="utf-8") as f:
         for record, entry in tqdm(rows, total=limit, desc="select", unit="record"):
-            entries[entry] = None  # a set that keeps its order
-            f.write(json.dumps({"image": "images/" + entry[0], **record}, ensure_ascii=False) + "\n")
+            path = entry[0] if entry[0].startswith("images/") else f"images/{entry[0]}"
+            entries[path, *entry[1:]] = None  # a set that keeps its order
+            f.write(json.dumps({"image": path, **record}, ensure_ascii=False) + "\n")
             n += 1
             if n == limit:
                 break
     if not n:
         raise InputError(f"{args.name}: not one row can be used: {dict(dropped)}")
     write_json(begun, asked)  # from here on another run must not go on with other settings
-    files.unpack(list(entries), os.path.join(args.out, "images"))
+    files.unpack(list(entries), args.out)
     manifest = {"asked": asked, "hub": hub_id, "kept": n, "dropped": dict(dropped), "pictures": len(entries),
                 "rows_sha256": sha256(part),
                 "files": {path: {"bytes": os.path.getsize(os.path.join(folder, path)),
@@ -368,6 +371,8 @@ def sha256(path):
 
 def show(args):
     """Draws the contact sheet. Raises InputError, one line"""
+    if not args.out.endswith(".png"):
+        raise InputError(f"--out {args.out}: must end in .png")
     for kind in ("pairs", "sft"):
         try:
             stream = Stream(args.data, kind, batch_size=4, n_steps=1, limit=4, buffer=10 * args.n, seed=args.seed,
@@ -376,15 +381,25 @@ def show(args):
         except InputError as error:
             if kind == "sft":
                 raise error
-    rows = []
-    for item, *_ in itertools.islice(stream.trees(), args.n):  # one question a picture
-        try:
-            rows.append(stream[item])
-        except BadRow as error:
-            rows.append({"dropped": str(error)})
+    rows, seen = [], set()
+    for tree in stream.trees():
+        known = {(part, number, k) for part, number, _, k in tree}
+        if len(rows) == args.n or known & seen:  # a stream begins again when all has been read
+            break
+        seen |= known
+        shown = None
+        for item in tree:  # one question a picture: the first that can be used
+            try:
+                shown = stream[item]
+                break
+            except BadRow as error:
+                shown = shown or {"dropped": str(error)}
+        rows.append(shown)
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     scenes.contact_sheet(rows, args.out)
-    print(f"wrote {len(rows)} records of {stream.source} to {args.out}")
+    n_dropped = sum("dropped" in row for row in rows)
+    dropped = f", {n_dropped} of them dropped," * bool(n_dropped)
+    print(f"wrote {len(rows)} records{dropped} of {stream.source} to {args.out}")
 
 
 def main():

@@ -19,7 +19,7 @@ import numpy as np
 import common
 from figures import color_of, plt
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("seeds", nargs="+", help="one folder a seed, as speedrun.sh or transplant.sh makes it")
 parser.add_argument("--out", required=True, help="folder for report.json and report.png")
 parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")

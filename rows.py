@@ -297,7 +297,7 @@ def load(source, kind, n=None, seed=0):
 def check_weights(weights, n_sources):
     """Raises InputError unless there are as many positive --weights as sources, and several of both, or no weights"""
     if weights and (len(weights) != n_sources or n_sources == 1 or min(weights) <= 0):
-        raise InputError(f"--weights: give a positive number for each of several --data; there are {n_sources}")
+        raise InputError(f"--weights: give a positive number for each of several sources; there are {n_sources}")
 
 
 def shuffled(rows, size, generator):

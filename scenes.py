@@ -319,6 +319,7 @@ def contact_sheet(rows, path, columns=4):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    columns = min(columns, len(rows))
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(2 * lines, columns, figsize=(3.4 * columns, 5 * lines), squeeze=False,
                                 layout="constrained", height_ratios=[3, 2] * lines)
@@ -334,6 +335,7 @@ def contact_sheet(rows, path, columns=4):
             above.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white"))
         texts = [f"{field}: {row[field]}" for field in ("question", "answer", "chosen", "rejected", "dropped")
                  if field in row]
+        texts += [f"from: {row['name'][-90:]}"] if "name" in row else []
         room = 12 // max(1, len(texts))  # lines of text for each
         text = "\n".join(line for each in texts for line in
                          textwrap.wrap(each, 46, max_lines=room, placeholder=" ...", break_long_words=True))

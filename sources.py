@@ -11,6 +11,7 @@ a local copy or a fork of a set is read like the set itself:
 
 A conversation of several turns about one picture is read as several questions about it, each by itself.
 """
+import glob
 import hashlib
 import json
 import math
@@ -243,7 +244,7 @@ def expand(source):
     for short, hub_id in ARCHIVES.items():
         for beginning in (short, hub_id):
             if name.startswith(beginning):
-                raise InputError(f"--data {name} is archives, to be unpacked once: python data.py prepare "
+                raise InputError(f"--data {name} comes as archives, to be unpacked once: python data.py prepare "
                                  f"'{short}{name.removeprefix(beginning)}' --out DIR, then --data DIR/rows.jsonl")
     if base not in NAMES:
         return [source]
@@ -263,6 +264,12 @@ def expand(source):
     return [f"{NAMES[base][0]}/{each}{part}" for each in configs if each not in left_out]
 
 
+def parquet_files(path):
+    """The parquet files of a folder, or the one that is named"""
+    pattern = os.path.join(glob.escape(path), "**/*.parquet")
+    return [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
+
+
 def open_rows(source, n=None, stream=False):
     """A .jsonl or .parquet file, a folder of parquet files, a hub id or a hub id with a config -> its rows, the first
     `n` of them or the slice that `source` names: Lines, datasets.Dataset or, with `stream`, IterableDataset.
@@ -277,18 +284,26 @@ def open_rows(source, n=None, stream=False):
         if name.endswith(".parquet") and os.path.isfile(name):
             where = dict(path="parquet", data_files=name)
         elif os.path.isdir(name):
+            if not parquet_files(name):
+                hint = os.path.join(name, "rows.jsonl")
+                raise InputError(f"--data {name} holds no parquet files" +
+                                 f"; did you mean {hint}?" * os.path.isfile(hint))
             where = dict(path="parquet", data_dir=name)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[^/]+)?", name) and not name.startswith("."):
             where = dict(zip(("path", "name"), re.fullmatch(r"([^/]+/[^/]+)(?:/(.+))?", name).groups()))
         else:
             raise FileNotFoundError(f"--data {name}: neither scenes/..., a .jsonl file, a folder of parquet files, "
                                     f"one of {', '.join(NAMES)} nor a hub id")
-        from datasets import exceptions, load_dataset
+        from datasets import SplitDict, SplitInfo, exceptions, load_dataset
+        from pyarrow.parquet import ParquetFile
         try:
             rows = load_dataset(**where, split="train", streaming=stream)
         except Exception as error:  # each failure of the hub or of a file has its own type
             why = error.__cause__ if isinstance(error, exceptions.DatasetGenerationError) else error
             raise InputError(f"--data {name} cannot be loaded: {first_line(why)}") from error
+        if stream and os.path.exists(name):  # parquet files say how many rows they have, and `length` reads it here
+            n_rows = sum(ParquetFile(path).metadata.num_rows for path in parquet_files(name))
+            rows.info.splits = SplitDict({"train": SplitInfo("train", num_examples=n_rows)})
         if stream and rows.features is None:
             raise InputError(f"--data {name} does not say which columns it has: it cannot be read with --stream")
     if part:

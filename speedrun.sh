@@ -3,7 +3,7 @@
 #
 #   bash speedrun.sh                          one seed, six to fourteen minutes on two CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
-#   STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh     stage 1 for longer: the numbers in README
+#   SEEDS="0 1 2" STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh   stage 1 for longer: the numbers in README
 #   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own
 #
 # A stage whose output exists is not run again, so a stopped study goes on where it was.

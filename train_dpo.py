@@ -32,7 +32,7 @@ import common
 import data
 from model import MLLM, InputError
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
                     help="preference pairs: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
                          "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")

@@ -33,7 +33,7 @@ import data
 import scenes
 from model import MLLM, InputError
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
                     help="rows to learn: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
                          "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")
@@ -47,10 +47,10 @@ parser.add_argument("--llm",
 parser.add_argument("--feature_layer", type=int,
                     help="encoder layer the LLM reads, as an index of hidden_states (default: what an exported encoder "
                          "says of itself, else the paper's -2)")
-parser.add_argument("--image_size", type=int, metavar="PIXELS",
+parser.add_argument("--image_size", type=common.positive, metavar="PIXELS",
                     help="side of the pictures that the encoder reads; other than its own, its positions are "
                          "interpolated (default: its own)")
-parser.add_argument("--pool", type=int,
+parser.add_argument("--pool", type=common.positive,
                     help="fold POOL x POOL patches into one image token (default: 2 for tiny, else 1)")
 parser.add_argument("--connector", choices=("mlp", "linear"),
                     help="a fresh connector's shape: Linear-GELU-Linear (default) or one Linear, which cannot see for "
@@ -66,7 +66,7 @@ def start(args):
     """The model to train: a run, or a fresh connector between two parts"""
     if args.init:
         given = [flag for flag in ("vision", "llm", "feature_layer", "image_size", "pool", "connector",
-                                      "connector_from")
+                                      "connector_from", "keep_layers")
                  if getattr(args, flag) is not None]
         if given:
             raise InputError(f"--init {args.init} brings its own {', '.join(given)}: leave --{given[0]} out")

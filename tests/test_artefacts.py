@@ -334,8 +334,8 @@ def test_ask_says_what_generate_says_and_draws_it(make, pictures, tmp_path, monk
     assert capsys.readouterr().out.splitlines() == lines and not drawn
     command(monkeypatch, "ask", *where, "--max_new_tokens", 9, "--map", tmp_path / "map.png")
     assert capsys.readouterr().out.splitlines() == [*lines, f"wrote {tmp_path}/map.png"]
-    assert len(drawn[0].axes) == 2 and np.array(Image.open(tmp_path / "map.png")).std() > 10
-    for axis, (name, model), line, size in zip(drawn[0].axes, asked.items(), lines, (pictures[2].size, (24, 24)), strict=True):
+    assert len(drawn[0].axes) == 3 and np.array(Image.open(tmp_path / "map.png")).std() > 10
+    for axis, (name, model), line, size in zip(drawn[0].axes[1:], asked.items(), lines, (pictures[2].size, (24, 24)), strict=True):
         picture, heat = axis.images
         gradient = map_by_hand(model, pictures[2], QUESTIONS[0], answers[name]).reshape(3, 3)
         np.testing.assert_allclose(heat.get_array(), gradient / gradient.max(), rtol=1e-3)

@@ -83,7 +83,7 @@ def test_own_data_commands_run(tmp_path, monkeypatch):
         script_of(script).main()
         ran.append(script)
     assert ran == ["train_sft.py", "train_sft.py", "train_dpo.py", "eval_vqa.py", "probe.py", "eval_vqa.py", "data.py", "model.py"]
-    assert os.path.exists("runs/my/vqa/results.json") and os.path.exists("pairs.jsonl")
+    assert os.path.exists("runs/my/vqa/results.json") and os.path.exists("own.jsonl")
     assert all(Image.open(f"runs/my/{name}.png").width > 200 for name in ("train", "dogs"))
 
 
@@ -98,7 +98,8 @@ def test_real_weight_commands_parse():
 def test_every_named_data_set_is_in_the_readme():
     # the table and the code name the same sets
     table = readme().split("### Data sets by name")[1].split("\n#")[0]
-    named = {name.partition("/")[0] for name in re.findall(r"`([a-z][\w.-]+(?:/CONFIG)?)`", table)}
+    first_cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| "))
+    named = {name.partition("/")[0] for name in re.findall(r"`([a-z][\w.-]+(?:/CONFIG)?)`", first_cells)}
     assert named == {*sources.NAMES, *prepare.SETS}
 
 

@@ -467,7 +467,7 @@ def test_a_stream_trains_as_its_rows_would(stage, train, tmp_path):
 def test_what_a_stream_needs(train, tmp_path):
     # a length, and for DPO a second model: said before anything is loaded
     for stage, flags, message in (("sft", ("--stream", 5), "--stream needs --steps"), ("dpo", ("--stream", 5, "--steps", 2), "add --reference live"),
-                                  ("sft", ("--weights", 1, 2), "--weights: give a positive number for each of several --data; there are 1")):
+                                  ("sft", ("--weights", 1, 2), "--weights: give a positive number for each of several sources; there are 1")):
         with pytest.raises(InputError, match=message):
             train(stage, *flags)
     assert os.listdir(tmp_path) == []
