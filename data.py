@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from model import to_pixels
-from rows import BadRow, InputError, Nested, Rows, Stream, check_weights, is_drawn, load
+from rows import BadRow, InputError, Nested, Stream, check_weights, is_drawn, load
 from trees import cut, pack
 
 

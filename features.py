@@ -28,6 +28,7 @@ import common
 import data
 import scenes
 from model import MLLM, Encoder, InputError, open_vision, to_pixels
+from rows import Rows
 from sources import Lines
 
 VERSION = "1"  # of the features; raised when the code below would give others
@@ -115,7 +116,7 @@ def layers(encoder, pixels):
 class Pictures:
     """Pictures by number, each opened when it is asked for, so that a set of any size fits.
 
-    `rows`: paths of files, or records with a picture in `column` (drawn world, `data.Rows`, hub data set)."""
+    `rows`: paths of files, or records with a picture in `column` (drawn world, `rows.Rows`, hub data set)."""
 
     def __init__(self, rows, column="image"):
         self.rows, self.column = rows, column
@@ -165,7 +166,7 @@ class Pictures:
 
     def identity(self):
         """A short name of what the pictures are, for a key; of files: path, size and time of the last change"""
-        rows = self.rows.rows if isinstance(self.rows, data.Rows) else self.rows
+        rows = self.rows.rows if isinstance(self.rows, Rows) else self.rows
         if isinstance(rows, Dataset):
             return f"{rows._fingerprint} {self.column}"
         if isinstance(rows, (list, Lines)):

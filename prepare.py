@@ -297,7 +297,7 @@ def prepare(args):
     """Fills OUT: rows.jsonl, images/, manifest.json. Raises InputError, one line"""
     name, _, config = args.name.partition("/")
     if name not in SETS or bool(config) != (name == "llava-onevision"):
-        raise InputError(f"{args.name} needs no preparing: give it to --data as it is" if name in {*NAMES} - {*SETS} else
+        raise InputError(f"{args.name} needs no preparing: give it to --data" if name in {*NAMES} - {*SETS} else
                          f"{args.name}: sets that come as archives are {', '.join(SETS)}/CONFIG")
     if os.path.exists(args.out) and not any(os.path.exists(os.path.join(args.out, file))
                                             for file in ("rows.jsonl.part", "asked.json")):
@@ -310,7 +310,7 @@ def prepare(args):
     if os.path.exists(begun):
         with open(begun) as f:
             if json.load(f) != asked:
-                raise InputError(f"{args.out} was begun with other settings, see its asked.json; name another folder")
+                raise InputError(f"{args.out} was begun with other settings, see its asked.json; name another one")
     if os.path.exists(done):
         print(f"{args.out} is ready")
         return

@@ -246,7 +246,7 @@ def check_box(record, name):
 
 def sets_to_ask_of(args, runs, llms):
     """The sets that were named, or all of the drawn world -> what `features.classification_data` and
-    `features.segmentation_data` give, or None; pairs and captions (`data.Rows`, or []); pictures for the movement"""
+    `features.segmentation_data` give, or None; pairs and captions (`rows.Rows`, or []); pictures for the movement"""
     if args.seeds < 1 or args.n < 1:
         raise InputError("--seeds and --n must be at least 1")
     if args.through_connector and len(runs) < len(args.encoders):

@@ -18,10 +18,10 @@ from transformers import (AutoProcessor, AutoTokenizer, BitImageProcessor, Gener
                           LlavaForConditionalGeneration, PhiConfig, PhiForCausalLM, pipeline)
 
 import artefacts
-import data
 import model as model_file
 from conftest import LLAMA2, LLM, TOKENIZERS, VISION, WORDS, make_tokenizer, randomise
 from model import MLLM, SYSTEM, InputError
+from rows import Rows
 
 QUESTIONS = ["what color is the ring?", "where?", " describe the picture. ", "what shape is at the top left\nof the <image>?"]
 LENGTH = 24  # tokens of an answer
@@ -362,7 +362,7 @@ def test_a_photo_is_asked_the_right_way_up(start_run, pictures, tmp_path, monkey
     pictures[1].save(tmp_path / "phone.png", exif=exif)
     monkeypatch.setattr(model_file.MLLM, "generate", lambda self, images, *_: seen.extend(images) or ["a"])
     artefacts.ask([start_run], str(tmp_path / "phone.png"), "what?")
-    trained = data.Rows("own", [{"image": str(tmp_path / "phone.png"), "question": "what?", "answer": "a"}], "sft")[0]["image"]
+    trained = Rows("own", [{"image": str(tmp_path / "phone.png"), "question": "what?", "answer": "a"}], "sft")[0]["image"]
     assert seen[0].size == trained.size == pictures[1].size[::-1] and np.array_equal(seen[0], trained)
 
 

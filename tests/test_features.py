@@ -17,6 +17,7 @@ import scenes
 from conftest import VISION
 from features import Frozen, Pictures
 from model import MLLM, Encoder, InputError
+from rows import Rows
 from test_model import own_hidden_states
 
 close = lambda a, b, atol=1e-5: torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
@@ -99,7 +100,7 @@ def test_what_the_llm_receives_is_what_the_probe_reads(pool, make, freeze, tmp_p
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     for file, row in zip(files, rows):
         row["image"].resize((24, 24)).save(file)                                          # the encoder's own size: nothing to resize
-    records = data.Rows("own", [{**rows[i], "image": files[i]} for i in range(3)], "pairs")
+    records = Rows("own", [{**rows[i], "image": files[i]} for i in range(3)], "pairs")
     batch, dropped = data.Collator(records, model, ("chosen", "rejected"))([[0], [1], [2]])
     caught = []
     model.llm.base_model.register_forward_pre_hook(lambda module, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True)
@@ -465,7 +466,7 @@ def test_drawn_sets_are_disjoint_and_labelled():
 
 def test_captions_and_their_stand_ins(paths):
     # a caption, the first of a list of captions, or text, answer or chosen in its place; a source with none of them is refused
-    rows = lambda **more: data.Rows("own", [{"image": paths[0], **more}], "captions")
+    rows = lambda **more: Rows("own", [{"image": paths[0], **more}], "captions")
     assert rows(caption="a", text="b")[0]["caption"] == "a"
     assert rows(caption=["first", "second"])[0]["caption"] == "first"
     assert rows(chosen="c", answer="b", text=["a", "z"])[0]["caption"] == "a"

@@ -11,6 +11,7 @@ import features
 import maps
 import scenes
 from model import InputError
+from rows import Rows
 from train_dpo import dpo_loss
 from trees import pack
 
@@ -33,7 +34,7 @@ def rows():
     for i, (w, h) in wide.items():
         x0, y0, x1, y1 = records[i]["box"]
         records[i] |= {"image": records[i]["image"].resize((w, h)), "box": (x0 * w // 36, y0 * h // 36, x1 * w // 36, y1 * h // 36)}
-    return data.Rows("own", records, "pairs")
+    return Rows("own", records, "pairs")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_pointing_game_takes_the_middle_of_the_strongest_cell():
 def test_scores_of_a_set_by_hand(batch_size, model, rows, batch):
     # whatever the batch: each picture keeps its own reference, map, box and size
     records = [rows[i] for i in range(3)]
-    three = data.Rows(rows.source, records, "pairs")
+    three = Rows(rows.source, records, "pairs")
     scores, found, margins = maps.map_scores(model, three, batch_size, contextlib.nullcontext, "maps", REFERENCE, BETA)
     direct, expected = maps.gradient_maps(model, batch, REFERENCE, BETA)
     close(margins, expected)
@@ -163,6 +164,6 @@ def test_scores_of_a_set_by_hand(batch_size, model, rows, batch):
 def test_a_pair_that_cannot_be_used_is_named(make):
     # a map of fewer pictures than boxes would be of the wrong ones
     model, row = make(), {"image": Image.new("RGB", (24, 24)), "question": "?", "chosen": "a", "rejected": "b", "box": (0, 0, 9, 9)}
-    rows = data.Rows("own", [row, {**row, "rejected": "word " * 3000}], "pairs")
+    rows = Rows("own", [row, {**row, "rejected": "word " * 3000}], "pairs")
     with pytest.raises(InputError, match="own row 1: .* tokens"):
         maps.map_scores(model, rows, 2, contextlib.nullcontext, "maps")
