@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from model import to_pixels
-from rows import BadRow, InputError, Nested, Stream, check_weights, is_drawn, load
+from model import InputError, to_pixels
+from rows import BadRow, Nested, Stream, check_weights, is_drawn, load
 from trees import cut, pack
 
 

@@ -319,9 +319,9 @@ class Encoder(nn.Module):
         self.grid = (H // patch, W // patch)  # rows, columns of patches
 
     @classmethod
-    def from_pretrained(cls, vision, feature_layer=None, image_size=None):
+    def from_pretrained(cls, vision, feature_layer=None):
         """Opens an encoder: hub id, or local folder such as the vision/ of a run. Never runs remote code."""
-        return cls(*open_vision(vision, image_size), feature_layer)
+        return cls(*open_vision(vision), feature_layer)
 
     def pixels(self, images):
         """PIL pictures -> (B,3,H,W), with the encoder's own resizing, cropping and normalisation"""

@@ -105,7 +105,7 @@ class Joined(io.RawIOBase):
         return read
 
 
-def joined(path):
+def whole_name(path):
     """images.zip_aa -> images.zip"""
     return re.sub(r"\.zip_\w+$", ".zip", path)
 
@@ -133,7 +133,7 @@ class Files:
         self.folder, self.archives, self.by_name = folder, {}, {}
         parts = {}
         for path in self.paths:
-            parts.setdefault(joined(path), []).append(os.path.join(folder, path))
+            parts.setdefault(whole_name(path), []).append(os.path.join(folder, path))
         for whole in tqdm(parts, desc="archives", unit="file"):
             with unpacking(whole):
                 members = self.members(whole, parts[whole])

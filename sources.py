@@ -11,6 +11,7 @@ a local copy or a fork of a set is read like the set itself:
 
 A conversation of several turns about one picture is read as several questions about it, each by itself.
 """
+import copy
 import glob
 import hashlib
 import json
@@ -150,7 +151,6 @@ def as_it_is(row, _):
     return dict(row)
 
 
-PAIR, ANSWER = {"image", "question", "chosen", "rejected"}, {"image", "question", "answer"}
 class Form(NamedTuple):
     """How the rows of somebody's data set become records"""
     columns: set                        # that tell the form
@@ -164,6 +164,7 @@ class Form(NamedTuple):
         return max(1, -(-len(dicts(row.get(self.questions)) or ()) // self.items))
 
 
+PAIR, ANSWER = {"image", "question", "chosen", "rejected"}, {"image", "question", "answer"}
 FORMS = [
     Form({"images", "conversations", "chosen", "rejected"}, from_llama_factory, PAIR),
     Form({"images", "prompt", "chosen", "rejected"}, from_trl, PAIR),
@@ -225,8 +226,9 @@ class Lines:
             raise InputError(f"{self.path} was changed while it was in use; start again") from None
 
     def take(self, n):
-        shorter = Lines.__new__(Lines)
-        shorter.__dict__ = {**vars(self), "offsets": self.offsets[:n], "identity": f"{self.identity} {n}"}
+        """The first `n` of them"""
+        shorter = copy.copy(self)
+        shorter.offsets, shorter.identity = self.offsets[:n], f"{self.identity} {n}"
         return shorter
 
 
@@ -281,6 +283,7 @@ def open_rows(source, n=None, stream=False):
             raise FileNotFoundError(f"--data {name}: no such file")
         rows = Lines(name, None if part else n)
     else:
+        hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/([^/]+))?", name)
         if name.endswith(".parquet") and os.path.isfile(name):
             where = dict(path="parquet", data_files=name)
         elif os.path.isdir(name):
@@ -289,8 +292,8 @@ def open_rows(source, n=None, stream=False):
                 raise InputError(f"--data {name} holds no parquet files" +
                                  f"; did you mean {hint}?" * os.path.isfile(hint))
             where = dict(path="parquet", data_dir=name)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[^/]+)?", name) and not name.startswith("."):
-            where = dict(zip(("path", "name"), re.fullmatch(r"([^/]+/[^/]+)(?:/(.+))?", name).groups()))
+        elif hub:
+            where = dict(zip(("path", "name"), hub.groups()))
         else:
             raise FileNotFoundError(f"--data {name}: neither scenes/..., a .jsonl file, a folder of parquet files, "
                                     f"one of {', '.join(NAMES)} nor a hub id")

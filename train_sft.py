@@ -66,7 +66,7 @@ def start(args):
     """The model to train: a run, or a fresh connector between two parts"""
     if args.init:
         given = [flag for flag in ("vision", "llm", "feature_layer", "image_size", "pool", "connector",
-                                      "connector_from", "keep_layers")
+                                   "connector_from", "keep_layers")
                  if getattr(args, flag) is not None]
         if given:
             raise InputError(f"--init {args.init} brings its own {', '.join(given)}: leave --{given[0]} out")
