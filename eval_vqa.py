@@ -1,79 +1,166 @@
 """
-What can the model answer? Greedy answers of one or several runs to the same questions, scored and compared.
+What can the model answer? Greedy answers of one or several models to the same questions, scored and compared.
 
     python eval_vqa.py runs/stage1 runs/sft runs/dpo --out runs/vqa                 the drawn world's test questions
     python eval_vqa.py runs/stage1 runs/dpo --data test.jsonl --out runs/my_vqa     your own {image, question, answer}
+    python eval_vqa.py runs/sft runs/dpo --benchmarks all --out runs/bench          the paper's sixteen, and six more
+    python eval_vqa.py runs/dpo --hf Qwen/Qwen2.5-VL-3B-Instruct --benchmarks vision --limit 500 --out runs/known
+    torchrun --nproc_per_node 8 eval_vqa.py ...                                     the same, rows shared out
     python eval_vqa.py runs/stage1 --data train.jsonl --samples 4 --write_pairs pairs.jsonl
                                                                                     preference pairs from own samples
 
-Each answer is scored twice. *Decoded*: the text the model writes must be the answer. *Restricted*: which of the
-candidate answers (those that occur for this kind of question, where there are 2 to 40) has the highest
-log-probability? A model that has taken up another style of speaking fails the first and may pass the second, so that a
-change of style is not mistaken for a change of sight. *Blind* is the restricted score with a grey picture: what the
-words of the question alone are worth.
+*Decoded*: the text that the model writes is scored, on a benchmark by its makers' metric (metrics.py). *Restricted*:
+which of the given options has the highest log-probability? A model that has taken up another style of speaking fails
+the first and may pass the second, so that a change of style is not mistaken for a change of sight. Own data have both,
+benchmarks one: `--score logprob` takes the second where there are options, which is easier. *Blind* is the same with a
+grey picture: what the words of the question alone are worth. *Chance* is what guessing among the options is worth.
+
+`--profile` says whose prompts and rules: "paper" those of Cambrian-1, with which PIVOT's tables were made, "lmms" those
+of lmms-eval. Numbers of different profiles cannot be compared.
 
 The *swap test*, `--reader runs/stage1`, lets stage 1's connector and LLM read each run's encoder: what is lost then was
 lost in the encoder, or at least moved to where its old reader does not find it.
 
-Writes OUT/results.json and OUT/NAME.jsonl, every prediction of every run. Intervals are 95 % bootstraps over questions;
-the first run is the one that the others are compared with, question by question.
+Writes into OUT: every answer as it was written (NAME.jsonl, of benchmarks in a folder each), results.json, results.md,
+and report.html with the questions that another model than the first answers differently, and where each one looked.
+Intervals are 95 % bootstraps over pictures; models are compared with the first one, on the same resamples. A run that
+was stopped goes on with `--resume`, and with more models or benchmarks than before it answers only what is new.
 """
 import argparse
+import datetime
+import difflib
+import glob
+import hashlib
 import json
 import os
-from collections import Counter
+import shutil
+from collections import Counter, defaultdict
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+import benchmarks as b  # what the table below is made of
 import common
 import data
-from model import MLLM, InputError
-from trees import pack
+import gallery
+from answerers import HubModel, Run, identity
+from comparison import (averages, benchmark_tables, compare_benchmarks, compare_own, flipped_cards, markdown,
+                        own_tables, scorer_table, turned)
+from metrics import (anls, cvbench_score, gqa_correct, hallusionbench_score, mmbench_score, mme_score, mmmu_choice,
+                     mmmu_open, mmvp_score, naturalbench_score, normalise, ocrbench_correct, option_letter, pope_score,
+                     relaxed_accuracy, score, vqa_accuracy)
+from model import InputError
+from own_pairs import write_pairs
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
-parser.add_argument("runs", nargs="+", help="run directories; the first is the one the others are compared with")
-parser.add_argument("--data", default="scenes/test/vqa",
-                    help="questions: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
-parser.add_argument("--n", type=int, help="use only the first N rows (default: all; of the drawn world 1800)")
-parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
-parser.add_argument("--batch_size", type=int, default=128, help="questions a forward pass, candidate answers included")
-parser.add_argument("--max_new_tokens", type=int, default=48, help="longest answer in tokens")
-parser.add_argument("--reader", help="swap test: this run's connector and LLM read the vision encoder of every run")
-parser.add_argument("--samples", type=int, default=4, help="answers sampled for a question by --write_pairs")
-parser.add_argument("--temperature", type=float, default=1.0, help="of the samples for --write_pairs")
-parser.add_argument("--write_pairs",
-                    help="write best-against-worst pairs of the first run's own samples to this .jsonl file, and stop")
-parser.add_argument("--seed", type=int, default=0, help="of the drawn world, the samples and the bootstrap")
+__all__ = ["anls", "cvbench_score", "gqa_correct", "hallusionbench_score", "mmbench_score", "mme_score", "mmmu_choice",
+           "mmmu_open", "mmvp_score", "naturalbench_score", "ocrbench_correct", "option_letter", "pope_score",
+           "relaxed_accuracy", "score", "vqa_accuracy"]  # the metrics, for those who look for them here
+
+# ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 
-# ---- scoring: pure functions -----------------------------------------------------------------------------------------
+def moved(name, config=""):
+    """The hub ids of a set of lmms-lab's, which most of them left in July 2026"""
+    return [f"lmms-lab-encoder/{name}{config}", f"lmms-lab/{name}{config}"]
 
 
-def normalise(text):
-    """Lower case, single spaces, no full stop at the end"""
-    return " ".join(text.lower().split()).rstrip(".").strip()
+BLINK = """Art_Style Counting Forensic_Detection Functional_Correspondence IQ_Test Jigsaw Multi-view_Reasoning
+    Object_Localization Relative_Depth Relative_Reflectance Semantic_Correspondence Spatial_Relation
+    Visual_Correspondence Visual_Similarity""".split()
+by_source = lambda row, profile: row["source"] if profile == "paper" else ""  # lmms-eval counts all rows alike
+
+BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how right, what the number is, longest answer
+    "mmbench": b.Benchmark(
+        "MMBench-en", {"paper": ["lmms-lab/MMBench_EN", *moved("MMBench", ":en")], "lmms": moved("MMBench", ":en")},
+        "dev", "index, question, hint, A, B, C, D, answer, category", b.mmbench, b.read_mmbench, "circular accuracy",
+        512, unit=lambda row: int(row["index"]) % 1_000_000, rule=b.all_right, score=mmbench_score),
+    "mme": b.Benchmark(
+        "MME", moved("MME"), "test", "question_id, question, answer, category", b.mme, b.read_mme, "perception, points",
+        scale=2000, unit=lambda row: (row["category"], row["question_id"]), rule=b.mme_rule, score=mme_score,
+        stratum=lambda row, _: row["category"] if row["category"] in b.metrics.MME_PERCEPTION else None),
+    "seed": b.Benchmark(
+        "SEED-I", moved("SEED-Bench"), "test", "question, choice_a, choice_b, choice_c, choice_d, answer", b.seed,
+        b.letters_of("seed"), "accuracy", 512),
+    "gqa": b.Benchmark(
+        "GQA", moved("GQA", ":testdev_balanced_instructions"), "testdev", "imageId, question, answer", b.gqa,
+        b.read_gqa, "accuracy", 128, pictures=("testdev_balanced_images", "imageId", "id")),
+    "scienceqa": b.Benchmark(
+        "ScienceQA-I", [*moved("ScienceQA", ":ScienceQA-IMG"), "derek-thomas/ScienceQA"], "test",
+        "question, choices, answer, hint", b.scienceqa, b.read_scienceqa, "accuracy", 512),
+    "mmmu": b.Benchmark(
+        "MMMU", moved("MMMU"), "validation", "id, question, options, answer, question_type", b.mmmu, b.read_mmmu,
+        "accuracy", 512),
+    "mathvista": b.Benchmark(
+        "MathVista", ["AI4Math/MathVista"], "testmini",
+        "question, query, unit, choices, answer, question_type, answer_type, precision",
+        b.mathvista, b.read_mathvista, "accuracy", 512),
+    "ai2d": b.Benchmark(
+        "AI2D", moved("ai2d"), "test", "question, options, answer", b.ai2d, b.letters_of("ai2d"), "accuracy", 512),
+    "chartqa": b.Benchmark(
+        "ChartQA", moved("ChartQA"), "test", "question, answer, type", b.chartqa, b.read_chartqa, "relaxed accuracy"),
+    "ocrbench": b.Benchmark(
+        "OCRBench", ["echo840/OCRBench"], "test", "question, answer, question_type", b.ocrbench, b.read_ocrbench,
+        "contains the answer", 128),
+    "textvqa": b.Benchmark(
+        "TextVQA", moved("textvqa"), "validation", "question, answers, ocr_tokens", b.textvqa, b.read_vqa,
+        "VQA accuracy"),
+    "docvqa": b.Benchmark(
+        "DocVQA", moved("DocVQA", ":DocVQA"), "validation", "question, answers", b.docvqa, b.read_docvqa, "ANLS"),
+    "mmvp": b.Benchmark(
+        "MMVP", ["lmms-lab-eval/MMVP"], "train", "Index, Question, Options, Correct Answer", b.mmvp, b.read_mmvp,
+        "accuracy of pairs", 512, unit=lambda row: (int(row["Index"]) - 1) // 2, rule=b.all_right, score=mmvp_score),
+    "realworldqa": b.Benchmark(
+        "RealWorldQA", [*moved("RealWorldQA"), "visheratin/realworldqa"], "test", "question, answer", b.realworldqa,
+        b.read_realworldqa, "accuracy", 512),
+    "cvbench2d": b.Benchmark(
+        "CV-Bench 2D", ["nyu-visionx/CV-Bench:2D"], "test", "prompt, choices, answer, source, task", b.cvbench,
+        b.letters_of("cvbench"), "accuracy, mean of sources", 512, stratum=by_source, score=cvbench_score),
+    "cvbench3d": b.Benchmark(
+        "CV-Bench 3D", ["nyu-visionx/CV-Bench:3D"], "test", "prompt, choices, answer, source, task", b.cvbench,
+        b.letters_of("cvbench"), "accuracy", 512, stratum=by_source, score=cvbench_score),
+    "pope": b.Benchmark(
+        "POPE", moved("POPE"), "test", "question, answer, category", b.pope, b.read_pope, "F1", rule=b.f1_rule,
+        score=pope_score),
+    "hallusionbench": b.Benchmark(
+        "HallusionBench", moved("HallusionBench"), "image",
+        "category, subcategory, set_id, figure_id, question_id, question, gt_answer", b.hallusionbench,
+        b.read_hallusionbench, "accuracy (aAcc)", score=lambda rows, _: hallusionbench_score(rows)),
+    "naturalbench": b.Benchmark(
+        "NaturalBench", ["BaiqiL/NaturalBench-lmms-eval"], "test", "Index, Question, Question_Type", b.naturalbench,
+        b.read_naturalbench, "accuracy of fours (G_Acc)", unit=lambda row: int(row["Index"]) // 4, rule=b.all_right,
+        score=lambda rows, _: naturalbench_score(rows)),
+    "blink": b.Benchmark(
+        "BLINK", ["BLINK-Benchmark/BLINK"], "val", "prompt, choices, answer, sub_task", b.blink,
+        b.letters_of("cvbench"), "accuracy, mean of tasks", 512, stratum=lambda row, _: row["sub_task"], configs=BLINK),
+    "vqav2": b.Benchmark(
+        "VQAv2", moved("VQAv2"), "validation", "question, answers", b.vqav2, b.read_vqa, "VQA accuracy"),
+    "okvqa": b.Benchmark(
+        "OK-VQA", moved("OK-VQA"), "val2014", "question, answers", b.okvqa, b.read_vqa, "VQA accuracy"),
+}
+PAPER = {  # its groups; its overall number is the mean of their means
+    "general": ["mmbench", "mme", "seed", "gqa"], "knowledge": ["scienceqa", "mmmu", "mathvista", "ai2d"],
+    "ocr": ["chartqa", "ocrbench", "textvqa", "docvqa"], "vision": ["mmvp", "realworldqa", "cvbench2d", "cvbench3d"]}
+GROUPS = {**PAPER, "more": ["pope", "hallusionbench", "naturalbench", "blink", "vqav2", "okvqa"]}
 
 
-def score(prediction, answer):
-    """How right is a prediction, in [0, 1]: the same text; F1 of the parts for an answer of several, between commas.
-
-    score("red", "Red.") = 1, score("red, blue", "red") = 0, score("red ring, blue box", "red ring, green box") = 1/2"""
-    said, true = ([normalise(part) for part in text.split(",")] for text in (prediction, answer))
-    if len(true) == 1:
-        return float(said == true)
-    return 2 * (Counter(said) & Counter(true)).total() / (len(said) + len(true))
-
-
-def interval(values, seed):
-    """Mean of `values` (R,) and its 95 % bootstrap interval over rows -> [mean, low, high]"""
-    draws = common.bootstrap(lambda rows: values[rows].mean(), len(values), seed)
-    return [float(values.mean()), *np.quantile(draws, [.025, .975]).tolist()]
+def benchmark_names(words):
+    """Names of benchmarks and groups, "paper" for the sixteen and "all" -> names of benchmarks"""
+    known = {**{name: [name] for name in BENCHMARKS}, **GROUPS,
+             "paper": sum(PAPER.values(), []), "all": list(BENCHMARKS)}
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, 1, 0.4)
+            raise InputError(f"--benchmarks {word} is not known" + f"; did you mean {near[0]}?" * bool(near) +
+                             f" There are {', '.join(known)}")
+    return list(dict.fromkeys(name for word in words for name in known[word]))
 
 
-# ---- answering -------------------------------------------------------------------------------------------------------
+# ---- own questions ---------------------------------------------------------------------------------------------------
+
+
+def kind_of(record):
+    return record.get("kind") or record.get("category") or "all"
 
 
 def candidates(records):
@@ -84,185 +171,312 @@ def candidates(records):
     return {kind: [found[a] for a in sorted(found)] for kind, found in answers.items() if 2 <= len(found) <= 40}
 
 
-def kind_of(record):
-    return record.get("kind") or record.get("category") or "all"
+class OwnQuestions:
+    """The drawn world's questions, or those of --data, in the form of benchmarks.Questions. An option is a text that
+    answers another question of the same kind."""
 
-
-@torch.no_grad()
-def choose(model, pixels, records, options, batch_size=64):
-    """The candidate with the highest summed log-probability, end of turn included; None where there are no candidates.
-
-    pixels (B,3,H,W) -> list of B strings"""
-    choices = [None] * len(records)
-    asked = [b for b, record in enumerate(records) if options.get(kind_of(record))]
-    if not asked:
-        return choices
-    image_tokens = model.image_tokens(pixels.to(model.device))
-    for at in range(0, len(asked), batch_size):
-        part, trees = asked[at:at + batch_size], []
-        for b in part:  # all candidates are branches of one question
-            responses = [model.chat.response_ids(option) for option in options[kind_of(records[b])]]
-            trees.append([(model.chat.question_ids(records[b]["question"]), responses)])
-        batch = pack([model.chat.trunk_ids(model.n_image, b) for b in part], trees, pixels, model.chat.pad_id)
-        batch = batch.to(model.device)
-        logps = iter(batch.per_response(model.response_logps(batch, image_tokens)).tolist())
-        for b in part:
-            choices[b] = max((next(logps), option) for option in options[kind_of(records[b])])[1]
-    return choices
-
-
-def read_records(rows):
-    """All usable records of `rows`; the others are named and counted"""
-    records, n_dropped = [], 0
-    for i in range(len(rows)):
-        try:
-            records.append(rows[i])
-        except data.BadRow as error:
-            n_dropped = common.report_dropped([str(error)], n_dropped)
-    if not records:
-        raise SystemExit(f"{rows.source}: none of {len(rows)} rows can be used")
-    return records
-
-
-def answer_all(model, records, args, name):
-    """-> one dict a record: prediction, choice, blind, and whether each is right"""
-    options, results, chunks = candidates(records), [], range(0, len(records), args.batch_size)
-    for at in tqdm(chunks, desc=name):
-        chunk = records[at:at + args.batch_size]
-        images = [record["image"] for record in chunk]
-        grey = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
-        predictions = model.generate(images, [record["question"] for record in chunk], args.max_new_tokens)
-        choices = choose(model, model.pixels(images), chunk, options, args.batch_size)
-        blind = choose(model, model.pixels(grey), chunk, options, args.batch_size)
-        for record, prediction, choice, guess in zip(chunk, predictions, choices, blind):
-            right = lambda text: None if text is None else score(text, record["answer"])
-            results.append({**{k: record.get(k) for k in ("row", "question", "answer", "kind", "category")},
-                            "prediction": prediction, "choice": choice, "blind": guess,
-                            "decoded": right(prediction), "restricted": right(choice), "blind_score": right(guess)})
-    return results
-
-
-def load(run, reader=None):
-    """A run; with `reader` (a run directory) its vision encoder behind the reader's connector and LLM"""
-    model = MLLM.load(run)
-    if reader:
-        other = MLLM.load(reader)
-        shape = lambda m: (m.grid, m.pool, m.vision.config.hidden_size)
-        if shape(model) != shape(other):
-            raise InputError(f"--reader {reader} reads features of another shape than {run} has")
-        for part in ("connector", "llm", "tokenizer", "chat"):
-            setattr(model, part, getattr(other, part))
-    return model
-
-
-def groups(results):
-    """{name: row numbers}: everything, each category, each kind"""
-    found = {"all": list(range(len(results)))}
-    for i, result in enumerate(results):
-        for name in dict.fromkeys((result["category"], result["kind"])):
-            if name is None:
+    def __init__(self, source, n, seed, limit=None):
+        self.benchmark = b.Benchmark(source, [], "", "", None, lambda row, said, _: (score(said, row["answer"]), said),
+                                     "accuracy", tokens=48)
+        self.rows, self.records, self.skipped, self.dropped = data.load(source, "vqa", n, seed), [], Counter(), []
+        self.source, shared = source, {i: str(tree[0]) for tree in self.rows.trees(len(self.rows)) for i in tree}
+        for i in range(len(self.rows)):
+            try:
+                record = self.rows[i]
+            except data.BadRow as error:
+                self.dropped.append(str(error))
                 continue
-            found.setdefault(name, []).append(i)
-    return found
+            kept = {key: record.get(key) for key in ("row", "question", "answer", "kind", "category")}
+            self.records.append({**kept, "gold": record["answer"], "unit": str(i), "stratum": "", "shared": shared[i]})
+        if not self.records:
+            raise InputError(f"{source}: none of {len(self.rows)} rows can be used")
+        options = candidates(self.records)
+        for record in self.records:
+            record["options"] = {text: text for text in options.get(kind_of(record), ())} or None
+        if limit and limit < len(self.records):
+            self.records = b.draw(self.records, limit, seed)
+
+    def picture(self, record):
+        return self.rows[record["row"]]["image"]
 
 
-def compare(results, seed):
-    """{run: results} -> {run: {group: {measure: [mean, low, high], measure + "_vs_first": [...], "n": rows}}}"""
-    first, table = next(iter(results.values())), {}
-    for run, rows in results.items():
-        table[run] = {}
-        for group, members in groups(rows).items():
-            cell = {"n": len(members)}
-            for measure in ("decoded", "restricted", "blind_score"):
-                usable = [i for i in members if rows[i][measure] is not None]
-                if usable:
-                    values = np.array([rows[i][measure] for i in usable])
-                    cell[measure] = interval(values, seed)
-                    cell[measure + "_vs_first"] = interval(values - [first[i][measure] for i in usable], seed)
-            table[run][group] = cell
-    return table
+# ---- answering -------------------------------------------------------------------------------------------------------
 
 
-# ---- preference pairs from own samples -------------------------------------------------------------------------------
+def in_batches(records, size):
+    """Batches of records of about the same length, those that share a picture beside each other, the longest first: a
+    batch is as long as its longest row, and if memory does not do it shows at once"""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["shared"]].append(record)
+    groups = sorted(groups.values(), key=lambda group: -max(len(record["question"]) for record in group))
+    line = [record for group in groups for record in group]
+    return [line[at:at + size] for at in range(0, len(line), size)]
 
 
-def write_pairs(model, rows, args):
-    """Samples --samples answers a question and pairs the best with the worst,
-    judged by `score` against the known answer.
+def ask(answerer, records, images, args, tokens, blind=False):
+    """-> for each record the text that is written, or None, and the likeliest option, or None. Own data have both, but
+    of blind answers only the option; benchmarks have one or the other, by --score"""
+    to_choose = [i for i, record in enumerate(records) if record["options"] and args.score != "decoded"]
+    to_write = [i for i in range(len(records)) if not blind] if args.score == "both" else \
+        [i for i in range(len(records)) if i not in to_choose]
+    texts, choices = {}, {}
+    if to_write:
+        texts = dict(zip(to_write, answerer.generate([images[i] for i in to_write],
+                                                     [records[i]["question"] for i in to_write], tokens)))
+    if to_choose:
+        options = [list(records[i]["options"]) for i in to_choose]
+        logps = answerer.option_logps([images[i] for i in to_choose], [records[i]["question"] for i in to_choose],
+                                      options, args.batch_size)
+        choices = {i: max(zip(*each))[1] for i, *each in zip(to_choose, logps, options)}
+    return [(texts.get(i), choices.get(i)) for i in range(len(records))]
 
-    A question whose samples are all equally good teaches no preference: it is left out and counted."""
-    if os.path.exists(args.write_pairs):
-        raise InputError(f"--write_pairs {args.write_pairs} exists already; remove it or choose another name")
-    folder, written, n_flat = os.path.dirname(os.path.abspath(args.write_pairs)), 0, 0
-    os.makedirs(folder, exist_ok=True)
-    records = read_records(rows)
-    with open(args.write_pairs + ".tmp", "w") as f:
-        for at in tqdm(range(0, len(records), args.batch_size), desc="pairs"):
-            chunk = records[at:at + args.batch_size]
-            images, questions = [r["image"] for r in chunk], [r["question"] for r in chunk]
-            samples = [model.generate(images, questions, args.max_new_tokens, args.temperature)
-                       for _ in range(args.samples)]
-            for record, *said in zip(chunk, *samples):
-                said = [text for text in said if text]                      # an empty answer is no answer to learn from
-                scores = [score(text, record["answer"]) for text in said]
-                if not scores or max(scores) == min(scores):
-                    n_flat += 1
-                    continue
-                path = rows.raw(rows.locate(record["row"])[0]).get("image")
-                if isinstance(path, str) and rows.folder is not None:
-                    path = os.path.relpath(os.path.join(rows.folder, path), folder)
-                else:                                                       # a drawn or a hub picture has no file yet
-                    path = f"{os.path.splitext(os.path.basename(args.write_pairs))[0]}_images/{record['row']}.png"
-                    os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
-                    record["image"].save(os.path.join(folder, path))
-                f.write(json.dumps({"image": path, "question": record["question"],
-                                    "chosen": said[int(np.argmax(scores))], "rejected": said[int(np.argmin(scores))],
-                                    "chosen_score": max(scores), "rejected_score": min(scores)}) + "\n")
-                written += 1
-    os.replace(args.write_pairs + ".tmp", args.write_pairs)
-    print(f"wrote {written} pairs to {args.write_pairs}; "
-          f"{n_flat} of {len(records)} questions had samples that were all equally good")
+
+def judge(record, text, choice, read, profile):
+    """How right are the text and the chosen option, None where there is none; and what was understood"""
+    decoded, understood = (None, choice) if text is None else read(record, text, profile)
+    gold = str(record["gold"]).lower()  # the right option's letter, or its text
+    restricted = None if choice is None else float(gold in (choice.lower(), record["options"][choice].lower()))
+    return decoded, restricted, understood
+
+
+def answer(answerer, questions, records, args):
+    """Asks about records with their pictures, and without -> a dict for each, to be saved; one whose picture cannot be
+    read says so"""
+    benchmark, pictures, unreadable = questions.benchmark, {}, {}
+    for record in records:
+        if record["shared"] not in pictures.keys() | unreadable.keys():
+            try:
+                pictures[record["shared"]] = questions.picture(record)
+            except data.BadRow as error:
+                unreadable[record["shared"]] = str(error)
+    lines = [{"row": record["row"], "dropped": unreadable[record["shared"]]} for record in records
+             if record["shared"] in unreadable]
+    records = [record for record in records if record["shared"] in pictures]
+    if not records:
+        return lines
+    images = [pictures[record["shared"]] for record in records]
+    grey = {image.size: Image.new("RGB", image.size, (128, 128, 128)) for image in images}
+    tokens = args.max_new_tokens or benchmark.tokens
+    seen = ask(answerer, records, images, args, tokens)
+    blind = ask(answerer, records, [grey[image.size] for image in images], args, tokens, blind=True) if args.blind \
+        else [(None, None)] * len(records)
+    for record, (text, choice), (blind_text, blind_choice) in zip(records, seen, blind):
+        decoded, restricted, understood = judge(record, text, choice, benchmark.read, args.profile)
+        *blind_scores, blind_understood = judge(record, blind_text, blind_choice, benchmark.read, args.profile)
+        lines.append({
+            **{key: value for key, value in record.items() if key not in ("picture", "place")},
+            "prediction": text, "choice": choice, "understood": understood, "decoded": decoded,
+            "restricted": restricted, "score": restricted if text is None else decoded,
+            "measure": "restricted" if text is None else "decoded",
+            "blind": blind_choice if blind_text is None else blind_text, "blind_understood": blind_understood,
+            "blind_score": next((each for each in blind_scores if each is not None), None)})
+    return lines
+
+
+def saved_lines(path):
+    """{row: line} of the answers at `path` and of those that other processes left beside it"""
+    lines = {}
+    for each in [path, *glob.glob(glob.escape(path) + ".rank*")]:
+        if os.path.exists(each):
+            with open(each) as f:
+                for text in f:
+                    if text.endswith("\n"):  # the last line of a stopped run may be cut off
+                        line = json.loads(text)
+                        lines[line["row"]] = line
+    return lines
+
+
+def gather(records, path):
+    """All processes' answers into one file, in the order of the records. -> usable lines, reasons of the others"""
+    saved = saved_lines(path)
+    lines = [saved[record["row"]] for record in records if record["row"] in saved]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+    os.replace(path + ".new", path)
+    for each in glob.glob(glob.escape(path) + ".rank*"):
+        os.remove(each)
+    dropped = {line["row"]: line["dropped"] for line in lines if "dropped" in line}
+    broken = {record["unit"] for record in records if record["row"] in dropped}  # half a pair would count as a pair
+    return [line for line in lines if "dropped" not in line and line["unit"] not in broken], list(dropped.values())
+
+
+def answer_all(open_answerer, questions, path, args, rank, world):
+    """Answers what `path` does not hold yet; each process its share, into a file of its own"""
+    with open(path) as f:  # this file alone: others may be writing theirs already
+        done = {json.loads(line)["row"] for line in f}
+    batches = in_batches([record for record in questions.records if record["row"] not in done], args.batch_size)
+    with open(path if world == 1 else f"{path}.rank{rank}", "a") as f:
+        for records in tqdm(batches[rank::world], desc=os.path.relpath(path, args.folder)[:-6],
+                            disable=rank > 0 or not batches):
+            f.writelines(json.dumps(line) + "\n" for line in answer(open_answerer(), questions, records, args))
+            f.flush()
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser.add_argument("runs", nargs="*", help="run directories; the first is the one the others are compared with")
+parser.add_argument("--hf", nargs="+", default=[], metavar="ID",
+                    help="hub ids or folders of image-text-to-text models of transformers, to be asked the same")
+parser.add_argument("--data", default="scenes/test/vqa",
+                    help="own questions: scenes/SPLIT/TASK, a .jsonl file, a parquet folder or a hub id")
+parser.add_argument("--n", type=common.positive,
+                    help="use only the first N rows of --data (default: all; of the drawn world 1800)")
+parser.add_argument("--benchmarks", nargs="+", metavar="NAME",
+                    help=f"instead of --data: all, paper (the sixteen), {', '.join(GROUPS)}, or any of "
+                         f"{', '.join(BENCHMARKS)}")
+parser.add_argument("--profile", choices=("paper", "lmms"), default="paper",
+                    help="whose prompts and rules for benchmarks: Cambrian-1's, as in the paper, or lmms-eval's")
+parser.add_argument("--local", metavar="DIR",
+                    help="look for a benchmark's data set in DIR/ORG/NAME before the hub (hf download ORG/NAME "
+                         "--repo-type dataset --local-dir DIR/ORG/NAME)")
+parser.add_argument("--limit", type=common.positive,
+                    help="ask about some N random rows of each set; rows that count together stay together")
+parser.add_argument("--score", choices=("decoded", "logprob"), default="decoded",
+                    help="of benchmarks: score the text that is written, or where there are options the likeliest one")
+parser.add_argument("--blind", type=common.true_or_false, default=True,
+                    help="ask everything a second time with a grey picture: true or false")
+parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
+parser.add_argument("--resume", action="store_true",
+                    help="go on with a run that was stopped, or add models and benchmarks to a finished one")
+parser.add_argument("--gallery", type=int, default=12, metavar="N",
+                    help="at most so many questions of each set in report.html")
+parser.add_argument("--batch_size", type=common.positive, default=128, help="questions a forward pass")
+parser.add_argument("--max_new_tokens", type=common.positive,
+                    help="longest answer in tokens (default: 48 for own data, a benchmark's own, 32 to 512)")
+parser.add_argument("--reader", help="swap test: this run's connector and LLM read the vision encoder of every run")
+parser.add_argument("--samples", type=common.positive, default=4, help="answers to a question, for --write_pairs")
+parser.add_argument("--temperature", type=float, default=1.0, help="of the samples for --write_pairs")
+parser.add_argument("--write_pairs",
+                    help="write best-against-worst pairs of the first run's own samples to this .jsonl file, and stop")
+parser.add_argument("--seed", type=int, default=0, help="of the drawn world, --limit, the samples and the bootstrap")
+
+SAME = ("data", "n", "profile", "limit", "score", "blind", "max_new_tokens", "reader", "seed")  # in one OUT
+
+
+def prepare_folder(args, models, sets):
+    """OUT.tmp, emptied or with what a stopped run left there; raises InputError if that was another run"""
+    args.folder = args.out.rstrip("/") + ".tmp"
+    settings = {flag: getattr(args, flag) for flag in SAME}
+    known = {"models": models, "sets": {name: hashlib.sha256(json.dumps(
+        [(r["row"], r["question"], r["shared"]) for r in questions.records]).encode()).hexdigest()[:16]
+        for name, questions in sets.items()}}
+    path = os.path.join(args.folder, "settings.json")
+    if args.resume and os.path.exists(args.out) and not os.path.exists(args.folder):
+        os.rename(args.out, args.folder)
+    if args.resume and os.path.exists(path):
+        with open(path) as f:
+            before = json.load(f)
+        for flag in SAME:
+            if before["settings"][flag] != settings[flag]:
+                raise InputError(f"--resume: {args.folder} was answered with --{flag} {before['settings'][flag]}, not "
+                                 f"{settings[flag]}; use that, or another --out")
+        for what in known:
+            for name, contents in known[what].items():
+                if before[what].get(name, contents) != contents:
+                    raise InputError(f"--resume: {name or args.data} is not what it was when {args.folder} was "
+                                     "written; use another --out")
+            known[what] = {**before[what], **known[what]}
+    else:
+        shutil.rmtree(args.folder, ignore_errors=True)
+        os.makedirs(args.folder)
+    with open(path + ".new", "w") as f:
+        json.dump({"settings": settings, **known}, f, indent=1)
+    os.replace(path + ".new", path)
 
 
 def main():
     args = parser.parse_args()
-    if not args.write_pairs:
-        if not args.out:
-            raise SystemExit("--out is needed: a folder for the results")
-        common.check_out(args.out)
+    models = args.runs + args.hf
+    if not models:
+        raise InputError("name a run directory, or a model behind --hf")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device, autocast = common.setup(args.seed)
     n = args.n or (1800 if data.is_drawn(args.data) else None)
-    rows = data.load(args.data, "vqa", n, args.seed)
     if args.write_pairs:
+        questions = OwnQuestions(args.data, n, args.seed, args.limit)
         with autocast():
-            return write_pairs(MLLM.load(args.runs[0]).to(device).eval(), rows, args)
+            return write_pairs(Run(args.runs[0], device).model, questions, args)
+    if not args.out:
+        raise InputError("--out is needed: a folder for the results")
+    if not args.resume:
+        common.check_out(args.out)
+    names = common.names(models)
+    identities = {name: identity(model, model in args.hf) for name, model in zip(names, models)}
+    if args.benchmarks:
+        sets = {name: b.Questions(BENCHMARKS[name], args.profile, args.local, args.limit, args.seed)
+                for name in benchmark_names(args.benchmarks)}
+    else:
+        sets, args.score = {"": OwnQuestions(args.data, n, args.seed, args.limit)}, "both"
+    args.folder, wait = args.out.rstrip("/") + ".tmp", lambda: None
+    if world > 1:  # processes only wait for each other; no tensors travel
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+        wait = torch.distributed.barrier
+    place = lambda name, run: os.path.join(args.folder, name, f"{run}.jsonl")
+    if rank == 0:
+        prepare_folder(args, identities, sets)
+        for name, questions in sets.items():
+            common.report_dropped(questions.dropped, 0)
+            for run in names:
+                gather(questions.records, place(name, run))
+    wait()
+    opened = {}
 
-    records, results = read_records(rows), {}
-    for run, name in zip(args.runs, common.names(args.runs)):
-        with autocast():
-            results[name] = answer_all(load(run, args.reader).to(device).eval(), records, args, name)
-    table = compare(results, args.seed)
-    with common.whole_folder(args.out) as folder:
-        for name, answers in results.items():
-            with open(os.path.join(folder, f"{name}.jsonl"), "w") as f:
-                f.writelines(json.dumps(answer) + "\n" for answer in answers)
-        with open(os.path.join(folder, "results.json"), "w") as f:
-            json.dump({"args": vars(args), "versions": common.versions(), "table": table}, f, indent=1)
+    def open_answerer(run):
+        """The model of this name: opened when it is first asked, and then the only one in memory"""
+        if run not in opened:
+            opened.clear()
+            model = models[names.index(run)]
+            opened[run] = HubModel(model, device) if model in args.hf else Run(model, device, args.reader)
+        return opened[run]
 
-    first = next(iter(table))
-    for measure in ("decoded", "restricted", "blind_score"):
-        names = [g for g in table[first] if measure in table[first][g]]
-        lines = [[run, *(common.percent(table[run][g][measure]) for g in names)] for run in table]
-        common.print_table(f"{measure}, % right [95 % interval over {len(records)} questions of {args.data}]",
-                           ["run", *names], lines)
-    lines = [[run, *(f"{common.percent(table[run][g][m + '_vs_first'], sign=True)}" for m in ("decoded", "restricted")
-                     for g in ("all", "vision-centric", "knowledge") if m in table[run].get(g, {}))]
-             for run in list(table)[1:]]
-    if lines:
-        heads = [f"{m} {g}" for m in ("decoded", "restricted") for g in ("all", "vision-centric", "knowledge")
-                 if m in table[first].get(g, {})]
-        common.print_table(f"difference to {first}, question by question [95 % interval]", ["run", *heads], lines)
-    print(f"wrote {args.out}/results.json and every prediction beside it")
+    with autocast():
+        for run in names:
+            for name, questions in sets.items():
+                answer_all(lambda: open_answerer(run), questions, place(name, run), args, rank, world)
+        wait()  # from here on the first process is alone
+        if rank:
+            return
+        lines, dropped = {name: {} for name in sets}, {}
+        for name, questions in sets.items():
+            for run in names:
+                lines[name][run], dropped[name] = gather(questions.records, place(name, run))
+            common.report_dropped(dropped[name], 0)
+            if not lines[name][names[0]]:
+                raise InputError(f"{questions.source}: not one picture can be read: {dropped[name][0]}")
+        if args.benchmarks:
+            table = compare_benchmarks(sets, lines, dropped, args)
+            tables = benchmark_tables(table, sets, PAPER, args)
+            details = [scorer_table(table, sets)]
+        else:
+            table = compare_own(sets[""], lines[""], args.seed)
+            tables, details = own_tables(table, args.data), []
+        cards = flipped_cards(sets, lines, args, open_answerer) if len(names) > 1 and args.gallery else []
+    save(args, table, tables + details, cards)
+    for each in tables:
+        common.print_table(*each)
+    print(f"wrote {args.out}/results.json, results.md, report.html and every answer beside them")
+
+
+def save(args, table, tables, cards):
+    """Writes results.json, results.md and report.html, and gives the folder its name"""
+    results = {"args": {key: value for key, value in vars(args).items() if key != "folder"},
+               "versions": common.versions(), "table": table}
+    if args.benchmarks:
+        results["averages"] = {run: averages(cells, PAPER) for run, cells in table.items()}
+    with open(os.path.join(args.folder, "results.json"), "w") as f:
+        json.dump(results, f, indent=1)
+    with open(os.path.join(args.folder, "results.md"), "w") as f:
+        f.write(markdown(tables))
+    notes = [f"prompts and rules of {'Cambrian-1' if args.profile == 'paper' else 'lmms-eval'} (profile {args.profile})"
+             if args.benchmarks else f"questions of {args.data}", "blind: the same questions with a grey picture"]
+    gallery.write(os.path.join(args.folder, "report.html"), "What can the models answer?", notes,
+                  [turned(*each) for each in tables], cards)
+    os.rename(args.folder, args.out)
 
 
 if __name__ == "__main__":

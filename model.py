@@ -477,12 +477,16 @@ class MLLM(Encoder):
     @torch.no_grad()
     def generate(self, images, questions, max_new_tokens=64, temperature=0.0):
         """One answer a question, as text; greedy at temperature 0, else sampled.
-        Batched, left-padded, with a KV cache."""
-        rows = [self.chat.prompt_ids(q, self.n_image, i) for i, q in enumerate(questions)]
+        Batched, left-padded, with a KV cache; a picture that is the same object for several questions is encoded once.
+        """
+        distinct = list({id(image): image for image in images}.values())
+        place = {id(image): i for i, image in enumerate(distinct)}
+        rows = [self.chat.prompt_ids(question, self.n_image, place[id(image)])
+                for image, question in zip(images, questions, strict=True)]
         T = max(map(len, rows))
         ids = torch.tensor([[self.chat.pad_id] * (T - len(r)) + r for r in rows], device=self.device)
         mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=self.device)
-        embeds = self.splice(ids, self.image_tokens(self.pixels(images).to(self.device)))
+        embeds = self.splice(ids, self.image_tokens(self.pixels(distinct).to(self.device)))
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         # the rest is spelt out because an instruct model ships defaults of its own, a repetition penalty among them
         out = self.llm.generate(

@@ -199,24 +199,30 @@ class Rows:
         return {**record, "name": name}
 
     def _open(self, image):
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
+        """`open_picture`; the questions of a tree follow each other, and open their picture once"""
         if isinstance(image, dict):  # the hub's form: the bytes of a file, or its path
             image = image.get("bytes") or image.get("path")
-        if image is None:
-            raise BadRow("it has no picture")
-        if not isinstance(image, (str, bytes)):
-            raise BadRow(f"'image' is a {type(image).__name__}, must be a path or a picture")
-        if image != self.opened[0]:  # the questions of a tree follow each other: open their picture once
-            path = os.path.join(self.folder or "", image) if isinstance(image, str) else None
-            try:
-                with Image.open(path or io.BytesIO(image)) as picture:
-                    self.opened = image, ImageOps.exif_transpose(picture).convert("RGB")
-            except FileNotFoundError:
-                raise BadRow(f"there is no picture {path}") from None
-            except Exception as error:  # whatever PIL says of a broken file, the reader wants the file's name
-                raise BadRow(f"{f'picture {path}' if path else 'its picture'} cannot be read ({error})") from None
+        if not isinstance(image, (str, bytes)) or image != self.opened[0]:
+            self.opened = image, open_picture(image, self.folder)
         return self.opened[1]
+
+
+def open_picture(image, folder=None):
+    """A PIL picture, or the bytes or the path of a file -> (W,H) RGB, upright; raises BadRow with the reason"""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image is None:
+        raise BadRow("it has no picture")
+    if not isinstance(image, (str, bytes)):
+        raise BadRow(f"'image' is a {type(image).__name__}, must be a path or a picture")
+    path = os.path.join(folder or "", image) if isinstance(image, str) else None
+    try:
+        with Image.open(path or io.BytesIO(image)) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise BadRow(f"there is no picture {path}") from None
+    except Exception as error:  # whatever PIL says of a broken file, the reader wants the file's name
+        raise BadRow(f"{f'picture {path}' if path else 'its picture'} cannot be read ({error})") from None
 
 
 class Mixture:

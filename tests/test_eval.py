@@ -2,11 +2,14 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import answerers
+import comparison
 import data
 import eval_vqa
 import report
@@ -32,29 +35,39 @@ def test_score_by_hand(prediction, answer, expected):
     assert eval_vqa.score(prediction, answer) == pytest.approx(expected)
 
 
-def test_choose_is_the_argmax_of_the_slow_path(run):
-    """Candidates are branches of one question, several questions share a forward pass: the choice is that of each candidate read alone"""
-    model = MLLM.load(run).eval()
+def test_option_logps_are_those_of_the_slow_path(run):
+    """Options are branches of one question, several questions share a forward pass and a picture: each is scored as if read alone"""
+    answerer = answerers.Run(run, torch.device("cpu"))
+    model = answerer.model
     torch.manual_seed(0)
-    randomise(model.connector, .5), randomise(model.llm, .25)                       # else the shortest candidate is always the likeliest
+    randomise(model.connector, .5), randomise(model.llm, .25)                       # else the shortest option is always the likeliest
     rows = scenes.Scenes("test", 12, "vqa")
     records = [rows[i] for i in range(12)]
-    options = {record["kind"]: list(scenes.COLORS) + ["top left", "three"] * (n % 2) for n, record in enumerate(records)}
-    options.pop(records[-1]["kind"], None)
-    pixels = model.pixels([record["image"] for record in records])
-    choices = eval_vqa.choose(model, pixels, records, options)
-    for record, choice in zip(records, choices, strict=True):
-        allowed = options.get(record["kind"])
-        if allowed is None:
-            assert choice is None
-        else:
-            slow = [model.logps([record["image"]], [record["question"]], [option]).item() for option in allowed]
-            assert choice == allowed[int(np.argmax(slow))]
-    assert choices[-1] is None and len(set(choices)) > 2
-    assert sum(a != b for a, b in zip(choices, eval_vqa.choose(model, pixels.roll(1, 0), records, options))) > 3  # each looks at its own picture
-    for order, batch_size in ((range(12), 5), (range(11, -1, -1), 3)):              # in small parts, and a row without candidates first
-        assert eval_vqa.choose(model, pixels[list(order)], [records[i] for i in order], options, batch_size) == [choices[i] for i in order]
-    assert eval_vqa.choose(model, pixels[-1:], records[-1:], options) == [None]
+    images, questions = [record["image"] for record in records], [record["question"] for record in records]
+    images[3] = images[2]                                                           # one picture for two questions
+    options = [list(scenes.COLORS) + ["top left", "three"] * (n % 2) for n in range(12)]
+    slow = [[model.logps([image], [question], [option]).item() for option in each] for image, question, each in zip(images, questions, options)]
+    for order, batch_size in ((range(12), 64), (range(12), 5), (range(11, -1, -1), 3)):
+        found = answerer.option_logps([images[i] for i in order], [questions[i] for i in order], [options[i] for i in order], batch_size)
+        assert [pytest.approx(slow[i], abs=1e-4) for i in order] == found
+    choices = [each[int(np.argmax(logps))] for each, logps in zip(options, slow)]
+    assert len(set(choices)) > 1                                                    # the comparison could fail
+    others = answerer.option_logps(images[1:] + images[:1], questions, options)    # each looks at its own picture
+    assert max(abs(a - b) for one, other in zip(others, slow) for a, b in zip(one, other)) > .01
+
+
+def test_a_shared_picture_is_encoded_once(run):
+    """Questions about the same picture object, in one batch: one row for the encoder, and the answers of pictures of their own"""
+    model = answerers.Run(run, torch.device("cpu")).model
+    randomise(model.llm, .25)
+    rows = scenes.Scenes("test", 4, "vqa")
+    images, questions = [rows[i]["image"] for i in (0, 1, 0, 0, 1)], [rows[i]["question"] for i in (0, 1, 2, 3, 0)]
+    encoded = []
+    model.vision.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    apart = model.generate([image.copy() for image in images], questions, 8)
+    assert encoded.pop() == 5 and len(set(apart)) > 1
+    shared = [images[i] for i in (0, 1, 0, 0, 1)]
+    assert model.generate(shared, questions, 8) == apart and encoded.pop() == 2
 
 
 def test_candidates_come_from_the_answers_of_the_kind():
@@ -63,11 +76,14 @@ def test_candidates_come_from_the_answers_of_the_kind():
 
 
 def test_compare_is_paired():
-    rows = lambda right: [{"kind": "k", "category": "c", "decoded": r, "restricted": None, "blind_score": None} for r in right]
-    table = eval_vqa.compare({"a": rows([1, 0, 1, 0] * 25), "b": rows([1, 1, 1, 0] * 25)}, seed=0)
+    rows = lambda right: [{"row": i, "unit": str(i), "shared": str(i), "stratum": "", "kind": "k", "category": "c", "decoded": r, "score": r,
+                           "understood": "", "restricted": None, "blind_score": None} for i, r in enumerate(right)]
+    questions = SimpleNamespace(benchmark=SimpleNamespace(rule=None, unit=None))
+    table = comparison.compare_own(questions, {"a": rows([1, 0, 1, 0] * 25), "b": rows([1, 1, 1, 0] * 25)}, seed=0)
     cell = table["b"]["all"]
     assert cell["decoded"][0] == .75 and cell["decoded_vs_first"][0] == .25 and "restricted" not in cell
     assert .15 < cell["decoded_vs_first"][1] < .25 < cell["decoded_vs_first"][2] < .35
+    assert (cell["gained"], cell["lost"], cell["n"]) == (25, 0, 100)
     assert table["a"]["k"]["decoded_vs_first"] == [0, 0, 0]
 
 
@@ -109,7 +125,7 @@ def test_the_swap_test_changes_the_encoder_alone(run, tmp_path):
         parameter.data += .1 * torch.randn_like(parameter)
     other.save(str(tmp_path / "other"))
     image, question, answer = [scenes.Scenes("test", 1)[0]["image"]], ["what color is the ring?"], ["red"]
-    reader, swapped = MLLM.load(run).eval(), eval_vqa.load(str(tmp_path / "other"), run).eval()
+    reader, swapped = MLLM.load(run).eval(), answerers.Run(str(tmp_path / "other"), torch.device("cpu"), run).model
     before = reader.logps(image, question, answer)
     features = other.eval().features(other.pixels(image))
     reader.features = lambda pixels: features
@@ -118,7 +134,7 @@ def test_the_swap_test_changes_the_encoder_alone(run, tmp_path):
     scenes.tiny_vision(str(tmp_path / "wide"), width=48, layers=2)
     MLLM.from_pretrained(str(tmp_path / "wide"), run + "/llm", pool=2).save(str(tmp_path / "wide_run"))
     with pytest.raises(ValueError, match="another shape"):
-        eval_vqa.load(str(tmp_path / "wide_run"), run)
+        answerers.Run(str(tmp_path / "wide_run"), torch.device("cpu"), run)
 
 
 def test_sampled_answers_differ_and_greedy_ones_do_not(run):

@@ -1,0 +1,235 @@
+"""
+Answers of several models to the same questions -> numbers with intervals, tables, and the questions to look at.
+
+A number is what a benchmark's rule makes of the rows (benchmarks.py). Its interval is a 95 % bootstrap over pictures,
+or over units where a unit has several: rows about one picture are not independent. Two models are compared on the same
+resamples, so that what is hard for both does not blur their difference.
+"""
+from collections import defaultdict
+
+import numpy as np
+from tqdm import tqdm
+
+import common
+import gallery
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def sums(benchmark, lines, values):
+    """Rows and how right each is -> parts and wholes, both (clusters, strata): the number is the mean over strata of
+    sum of parts / sum of wholes. A cluster is what a bootstrap draws: a picture, or a unit that has several."""
+    units, cells = defaultdict(list), defaultdict(lambda: [0.0, 0.0])
+    for line, value in zip(lines, values):
+        if line["stratum"] is not None:
+            units[line["unit"]].append((line, value))
+    rule = benchmark.rule or (lambda right, rows: (sum(right), len(right)))
+    for unit, members in units.items():
+        rows, right = zip(*members)
+        cell = cells[unit if benchmark.unit else rows[0]["shared"], rows[0]["stratum"]]
+        for k, more in enumerate(rule(right, rows)):
+            cell[k] += more
+    clusters, strata = ({name: i for i, name in enumerate(dict.fromkeys(key[k] for key in cells))} for k in (0, 1))
+    parts, wholes = np.zeros((2, len(clusters), len(strata)))
+    for (cluster, stratum), (part, whole) in cells.items():
+        parts[clusters[cluster], strata[stratum]], wholes[clusters[cluster], strata[stratum]] = part, whole
+    return parts, wholes
+
+
+def numbers(parts, wholes, seed):
+    """-> the number, and that of 1000 resamples of clusters"""
+    def number(rows=slice(None)):
+        part, whole = parts[rows].sum(0), wholes[rows].sum(0)
+        return (part[whole > 0] / whole[whole > 0]).mean() if whole.any() else 0.0
+    return number(), common.bootstrap(number, len(parts), seed)
+
+
+def interval(value, draws):
+    """-> [value, low, high], the middle 95 % of the draws"""
+    return [float(value), *np.quantile(draws, [.025, .975]).tolist()]
+
+
+def chance(benchmark, lines):
+    """What guessing among the options is worth, by the benchmark's own rule"""
+    guess = [1 / len(line["options"]) if line["options"] else 0.0 for line in lines]
+    return float(numbers(*sums(benchmark, [{**line, "understood": ""} for line in lines], guess), 0)[0])
+
+
+def estimate(benchmark, lines, measures, seed):
+    """{run: its lines, about the same rows} -> {run: {measure: [value, low, high], measure_vs_first: the same of the
+    difference to the first run, "n": rows, "gained", "lost": rows that it gets right, or wrong, unlike the first}}"""
+    first, table, drawn = next(iter(lines)), {}, {}
+    for run, rows in lines.items():
+        table[run] = {"n": len(rows)}
+        for measure in measures:
+            usable = [row for row in rows if row[measure] is not None]
+            if not usable:
+                continue
+            if measure == "blind_score":
+                usable = [{**row, "understood": row["blind_understood"]} for row in usable]
+            drawn[run, measure] = numbers(*sums(benchmark, usable, [row[measure] for row in usable]), seed)
+            table[run][measure] = interval(*drawn[run, measure])
+            table[run][measure + "_vs_first"] = interval(*(
+                mine - its for mine, its in zip(drawn[run, measure], drawn[first, measure])))
+        changes = flips(lines[first], rows)
+        table[run] |= {"gained": changes.count(1), "lost": changes.count(-1)}
+    return table
+
+
+def flips(first, rows):
+    """For each row 1 if it is right unlike the first run's, -1 if it is wrong unlike it, else 0"""
+    return [int(row["score"] >= 0.5) - int(other["score"] >= 0.5) for other, row in zip(first, rows, strict=True)]
+
+
+def own_groups(lines):
+    """{name: row numbers}: everything, each category, each kind"""
+    found = {"all": list(range(len(lines)))}
+    for i, line in enumerate(lines):
+        for name in dict.fromkeys((line["category"], line["kind"])):
+            if name is not None:
+                found.setdefault(name, []).append(i)
+    return found
+
+
+OWN_MEASURES = ("decoded", "restricted", "blind_score")
+
+
+def compare_own(questions, lines, seed):
+    """-> {run: {group: what `estimate` gives}} """
+    table = {run: {} for run in lines}
+    for group, members in own_groups(next(iter(lines.values()))).items():
+        part = {run: [rows[i] for i in members] for run, rows in lines.items()}
+        for run, cell in estimate(questions.benchmark, part, OWN_MEASURES, seed).items():
+            table[run][group] = cell
+    return table
+
+
+def compare_benchmarks(sets, lines, dropped, args):
+    """-> {run: {benchmark: what `estimate` gives of "score" and "blind_score", chance, how many answers were not
+    understood, which rows are not in it, and all numbers of the official scorer}}"""
+    table = {run: {} for run in next(iter(lines.values()))}
+    for name, questions in sets.items():
+        benchmark = questions.benchmark
+        for run, cell in estimate(benchmark, lines[name], ("score", "blind_score"), args.seed).items():
+            rows = lines[name][run]
+            table[run][name] = cell | {
+                "chance": chance(benchmark, rows), "metric": benchmark.metric, "scale": benchmark.scale,
+                "measure": "/".join(sorted({row["measure"] for row in rows})), "source": questions.source,
+                "not_understood": sum(row["understood"] is None for row in rows),
+                "skipped": dict(questions.skipped), "dropped": questions.dropped + dropped[name]}
+            if benchmark.score:
+                said = [{**row, "prediction": row["choice"] if row["prediction"] is None else row["prediction"]}
+                        for row in rows]
+                table[run][name]["scorer"] = benchmark.score(said, args.profile)
+    return table
+
+
+def averages(cells, groups):
+    """{benchmark: its cell} of one run -> {group: mean of its benchmarks, in %}, of groups that were asked whole, and
+    "overall", their mean if there are all: the paper's table, in which MME's perception points count a twentieth"""
+    means = {group: float(np.mean([100 * cells[name]["score"][0] for name in names]))
+             for group, names in groups.items() if all(name in cells for name in names)}
+    return {**means, "overall": float(np.mean(list(means.values())))} if len(means) == len(groups) else means
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def shown(cell, scale=100, sign=False):
+    """[value, low, high] -> "61.2 [58.0, 64.1]" """
+    return common.percent([each * scale / 100 for each in cell], sign)
+
+
+def own_tables(table, source):
+    """-> [(title, heads, lines)]: a line is a run, with its name first; heads name its cells"""
+    first, tables = next(iter(table)), []
+    for measure in OWN_MEASURES:
+        groups = [g for g in table[first] if measure in table[first][g]]
+        if groups:
+            tables.append((f"{measure}, % right [95 % interval over {table[first]['all']['n']} questions of {source}]",
+                           ["questions", *groups],
+                           [[run, *(shown(table[run][g][measure]) for g in groups)] for run in table]))
+    cells = [(m, g) for m in ("decoded", "restricted") for g in ("all", "vision-centric", "knowledge")
+             if m in table[first].get(g, {})]
+    lines = [[run, *(shown(table[run][g][m + "_vs_first"], sign=True) for m, g in cells)] for run in list(table)[1:]]
+    if lines:
+        tables.append((f"difference to {first}, question by question [95 % interval]",
+                       ["questions", *(f"{m} {g}" for m, g in cells)], lines))
+    return tables
+
+
+def benchmark_tables(table, sets, groups, args):
+    """The same of benchmarks: a head for each of them, and for each average"""
+    first, titles = next(iter(table)), [questions.benchmark.title for questions in sets.values()]
+    rows, means = table[first].values(), {run: averages(table[run], groups) for run in table}
+    blank, number = [""] * len(means[first]), lambda row, measure: shown(row[measure], row["scale"])
+    title = f"profile {args.profile} [95 % interval over pictures]"
+    if args.limit:
+        title += f"; about {args.limit} random rows of each, seed {args.seed}"
+    if args.score == "logprob":
+        title += "; logprob: the likeliest option is scored, which is easier than what is written"
+    lines = [["metric", *(row["metric"] + ", logprob" * ("restricted" in row["measure"]) for row in rows), *blank],
+             ["rows", *(str(row["n"]) for row in rows), *blank],
+             ["chance", *(f"{row['chance'] * row['scale']:.1f}" if row["chance"] else "" for row in rows), *blank]]
+    for run, cells in table.items():
+        lines.append([run, *(number(row, "score") for row in cells.values()),
+                      *(f"{value:.1f}" for value in means[run].values())])
+        if args.blind:
+            lines.append([f"{run}, blind", *(number(row, "blind_score") for row in cells.values()), *blank])
+    tables = [(title, ["benchmark", *titles, *(f"average, {group}" for group in means[first])], lines)]
+    lines = [[run, *(f"{shown(row['score_vs_first'], row['scale'], True)} +{row['gained']} -{row['lost']}"
+                     for row in cells.values())] for run, cells in list(table.items())[1:]]
+    if lines:
+        tables.append((f"difference to {first} on the same resamples [95 % interval], rows gained and lost",
+                       ["benchmark", *titles], lines))
+    lines = [[f"not understood: {run}", *(str(row["not_understood"]) for row in cells.values())]
+             for run, cells in table.items()]
+    lines.append(["unreadable pictures or rows", *(str(len(row["dropped"])) for row in rows)])
+    lines.append(["skipped", *("; ".join(f"{n} {reason}" for reason, n in row["skipped"].items()) for row in rows)])
+    return [*tables, ("answers that say nothing that can be scored, and rows that were not asked",
+                      ["benchmark", *titles], lines)]
+
+
+def scorer_table(table, sets):
+    """-> (title, heads, lines): everything that the official scorers say, as they say it"""
+    first = next(iter(table.values()))
+    keys = [(name, key) for name, cell in first.items() for key in cell.get("scorer", ())]
+    return ("all numbers of the official scorers", ["number", *(f"{sets[n].benchmark.title} {key}" for n, key in keys)],
+            [[run, *(f"{cells[name]['scorer'].get(key, float('nan')):.4g}" for name, key in keys)]
+             for run, cells in table.items()])
+
+
+def turned(title, heads, lines):
+    """The same table with a row for each head"""
+    names, *rows = zip(heads, *lines)
+    return title, list(names), list(map(list, rows))
+
+
+def markdown(tables):
+    """The tables for a README"""
+    parts, line = [], lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    for title, heads, rows in (turned(*each) for each in tables):
+        parts.append("\n".join([f"**{title}**", "", line(heads), "|" + "---|" * len(heads), *map(line, rows)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def flipped_cards(sets, lines, args, open_answerer):
+    """Cards for the gallery: of each set up to --gallery random questions that some model answers unlike the first.
+
+    lines: {set: {run: its lines}}; open_answerer(run) -> its model, for the gradient maps"""
+    chosen, answers = [], defaultdict(list)
+    for name, questions in sets.items():
+        first, *others = lines[name].values()
+        flipped = np.flatnonzero(np.any([flips(first, rows) for rows in others], axis=0))
+        drawn = sorted(np.random.default_rng(args.seed).permutation(flipped)[:args.gallery].tolist())
+        records = {record["row"]: record for record in questions.records}
+        chosen += [(name, i, records[first[i]["row"]]) for i in drawn]
+    for run in next(iter(lines.values())):
+        for name, i, record in tqdm(chosen, desc=f"{run} maps", disable=not chosen):
+            line, image = lines[name][run][i], sets[name].picture(record)
+            text = line["choice"] if line["prediction"] is None else line["prediction"]
+            answers[name, i].append(gallery.Answer(run, text, float(line["score"]),
+                                                   open_answerer(run).map(image, record["question"], text)))
+    gold = lambda gold: ", ".join(dict.fromkeys(gold)) if isinstance(gold, list) else str(gold)
+    return [gallery.Card(sets[name].benchmark.title, f"row {record['row']}", sets[name].picture(record),
+                         record["question"], gold(record["gold"]), answers[name, i]) for name, i, record in chosen]
