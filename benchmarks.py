@@ -371,12 +371,12 @@ def f1_rule(right, rows):
 # ---- opening ---------------------------------------------------------------------------------------------------------
 
 
-def open_split(hub_id, config, split, local=None):
-    """Rows of one split of a data set: from the hub, or from LOCAL/ORG/NAME if that is there.
+def open_split(hub_id, config, split, copies=None):
+    """Rows of one split of a data set: from the hub, or from COPIES/ORG/NAME if that is there.
 
     Only the files of this split are downloaded. Raises InputError with what to do."""
     from datasets import exceptions, load_dataset, load_dataset_builder
-    path = os.path.join(local, hub_id) if local and os.path.isdir(os.path.join(local, hub_id)) else hub_id
+    path = os.path.join(copies, hub_id) if copies and os.path.isdir(os.path.join(copies, hub_id)) else hub_id
     try:
         builder = load_dataset_builder(path, config)
         files = (builder.config.data_files or {}).get(split)
@@ -388,7 +388,7 @@ def open_split(hub_id, config, split, local=None):
         reason = f"{hub_id}: {first_line(why)}"
         if "script" in reason:
             reason += " (it still comes as a program, which datasets no longer runs: put parquet files of it into " \
-                      f"DIR/{hub_id} and name DIR by --local, or another copy into the table)"
+                      f"DIR/{hub_id} and name DIR by --copies, or another copy into the table)"
         elif "gated" in reason.lower() or "401" in reason or "403" in reason:
             reason += " (accept its terms on its page, then: hf auth login)"
         raise InputError(reason) from error
@@ -400,23 +400,23 @@ class Questions:
     `records` is a list of dicts: a row's columns, its record, "row" (its name), "unit". `skipped` counts reasons,
     `dropped` names rows that cannot be used. With `limit`, seeded random units of about so many rows."""
 
-    def __init__(self, benchmark, profile, local=None, limit=None, seed=0):
+    def __init__(self, benchmark, profile, copies=None, limit=None, seed=0):
         self.benchmark, self.parts, self.skipped, self.dropped = benchmark, [], Counter(), []
         ids, reasons = benchmark.ids[profile] if isinstance(benchmark.ids, dict) else benchmark.ids, []
         for hub_id in ids:
             hub_id, _, config = hub_id.partition(":")
             try:
-                self.parts = [open_split(hub_id, each, benchmark.split, local)
+                self.parts = [open_split(hub_id, each, benchmark.split, copies)
                               for each in benchmark.configs or [config or None]]
                 self.shown = self.parts if not benchmark.pictures else \
-                    [open_split(hub_id, benchmark.pictures[0], benchmark.split, local)]
+                    [open_split(hub_id, benchmark.pictures[0], benchmark.split, copies)]
                 self.source = hub_id
                 break
             except InputError as error:
                 reasons.append(str(error))
         if not self.parts:
             raise InputError(f"{benchmark.title} cannot be opened: " + "; ".join(reasons) + ". If you have it on disk, "
-                             "--local DIR reads DIR/ORG/NAME, as hf download --local-dir leaves it")
+                             "--copies DIR reads DIR/ORG/NAME, as hf download --local-dir leaves it")
         missing = [column for column in benchmark.columns.split(", ") if column not in self.parts[0].column_names]
         if missing:
             raise InputError(f"{self.source} has no column {', '.join(missing)}; "

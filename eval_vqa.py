@@ -329,7 +329,7 @@ parser.add_argument("--benchmarks", nargs="+", metavar="NAME",
                          f"{', '.join(BENCHMARKS)}")
 parser.add_argument("--profile", choices=("paper", "lmms"), default="paper",
                     help="whose prompts and rules for benchmarks: Cambrian-1's, as in the paper, or lmms-eval's")
-parser.add_argument("--local", metavar="DIR",
+parser.add_argument("--copies", metavar="DIR",
                     help="look for a benchmark's data set in DIR/ORG/NAME before the hub (hf download ORG/NAME "
                          "--repo-type dataset --local-dir DIR/ORG/NAME)")
 parser.add_argument("--limit", type=common.positive,
@@ -363,25 +363,28 @@ def prepare_folder(args, models, sets):
     known = {"models": models, "sets": {name: hashlib.sha256(json.dumps(
         [(r["row"], r["question"], r["shared"]) for r in questions.records]).encode()).hexdigest()[:16]
         for name, questions in sets.items()}}
-    path = os.path.join(args.folder, "settings.json")
-    if args.resume and os.path.exists(args.out) and not os.path.exists(args.folder):
-        os.rename(args.out, args.folder)
-    if args.resume and os.path.exists(path):
-        with open(path) as f:
+    saved = next((each for each in (args.folder, args.out) if os.path.exists(os.path.join(each, "settings.json"))), None)
+    if args.resume and saved:
+        with open(os.path.join(saved, "settings.json")) as f:
             before = json.load(f)
         for flag in SAME:
             if before["settings"][flag] != settings[flag]:
-                raise InputError(f"--resume: {args.folder} was answered with --{flag} {before['settings'][flag]}, not "
+                raise InputError(f"--resume: {saved} was answered with --{flag} {before['settings'][flag]}, not "
                                  f"{settings[flag]}; use that, or another --out")
         for what in known:
             for name, contents in known[what].items():
                 if before[what].get(name, contents) != contents:
-                    raise InputError(f"--resume: {name or args.data} is not what it was when {args.folder} was "
-                                     "written; use another --out")
+                    raise InputError(f"--resume: {name or args.data} is not what it was when {saved} was written; use "
+                                     "another --out")
             known[what] = {**before[what], **known[what]}
+        if saved == args.out:
+            os.rename(args.out, args.folder)
+    elif os.path.exists(args.out):
+        raise InputError(f"--resume: {args.out} holds no answers to go on from; use another --out")
     else:
         shutil.rmtree(args.folder, ignore_errors=True)
         os.makedirs(args.folder)
+    path = os.path.join(args.folder, "settings.json")
     with open(path + ".new", "w") as f:
         json.dump({"settings": settings, **known}, f, indent=1)
     os.replace(path + ".new", path)
@@ -408,7 +411,7 @@ def main():
     names = common.names(models)
     identities = {name: identity(model, model in args.hf) for name, model in zip(names, models)}
     if args.benchmarks:
-        sets = {name: b.Questions(BENCHMARKS[name], args.profile, args.local, args.limit, args.seed)
+        sets = {name: b.Questions(BENCHMARKS[name], args.profile, args.copies, args.limit, args.seed)
                 for name in benchmark_names(args.benchmarks)}
     else:
         sets, args.score = {"": OwnQuestions(args.data, n, args.seed, args.limit)}, "both"
