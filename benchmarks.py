@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import metrics
 from model import InputError, first_line
@@ -449,8 +450,10 @@ class Questions:
         picture = self.records[0]["picture"]
         if picture not in self.shown[0].column_names:
             raise InputError(f"{self.source} has no column {picture}; it has: {', '.join(self.shown[0].column_names)}")
-        for record in self.records:
-            record["shared"] = hashlib.blake2b(self.stored(record) or record["row"].encode(), digest_size=8).hexdigest()
+        for record in tqdm(self.records, desc=f"{benchmark.title} pictures", delay=5):
+            stored = self.stored(record) or record["row"]
+            record["shared"] = hashlib.blake2b(stored if isinstance(stored, bytes) else stored.encode(),
+                                               digest_size=8).hexdigest()
 
     @staticmethod
     def texts(rows):
@@ -469,11 +472,11 @@ class Questions:
             yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
 
     def stored(self, record):
-        """The bytes of a record's picture as they are stored, or None"""
+        """The file of a record's picture: its bytes, or where it is, or None"""
         part, i = record["place"]
         picture = self.undecoded[part][i][record["picture"]].to_pylist()[0]
         picture = picture[0] if isinstance(picture, list) and picture else picture
-        return picture and picture["bytes"]
+        return picture and (picture["bytes"] or picture["path"])
 
     def picture(self, record):
         """A record's picture, (W,H) RGB, upright; raises BadRow"""

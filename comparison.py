@@ -140,13 +140,14 @@ def shown(cell, scale=100, sign=False):
     return common.percent([each * scale / 100 for each in cell], sign)
 
 
-def own_tables(table, source):
+def own_tables(table, args):
     """-> [(title, heads, lines)]: a line is a run, with its name first; heads name its cells"""
     first, tables = next(iter(table)), []
     for measure in OWN_MEASURES:
         groups = [g for g in table[first] if measure in table[first][g]]
         if groups:
-            tables.append((f"{measure}, % right [95 % interval over {table[first]['all']['n']} questions of {source}]",
+            tables.append((f"{measure}, % right [95 % interval over {table[first]['all']['n']} " + "random " *
+                           bool(args.limit) + f"questions of {args.data}]",
                            ["questions", *groups],
                            [[run, *(shown(table[run][g][measure]) for g in groups)] for run in table]))
     cells = [(m, g) for m in ("decoded", "restricted") for g in ("all", "vision-centric", "knowledge")

@@ -363,7 +363,8 @@ def prepare_folder(args, models, sets):
     known = {"models": models, "sets": {name: hashlib.sha256(json.dumps(
         [(r["row"], r["question"], r["shared"]) for r in questions.records]).encode()).hexdigest()[:16]
         for name, questions in sets.items()}}
-    saved = next((each for each in (args.folder, args.out) if os.path.exists(os.path.join(each, "settings.json"))), None)
+    saved = next((each for each in (args.folder, args.out)
+                  if os.path.exists(os.path.join(each, "settings.json"))), None)
     if args.resume and saved:
         with open(os.path.join(saved, "settings.json")) as f:
             before = json.load(f)
@@ -457,7 +458,7 @@ def main():
             details = [scorer_table(table, sets)]
         else:
             table = compare_own(sets[""], lines[""], args.seed)
-            tables, details = own_tables(table, args.data), []
+            tables, details = own_tables(table, args), []
         cards = flipped_cards(sets, lines, args, open_answerer) if len(names) > 1 and args.gallery else []
     save(args, table, tables + details, cards)
     for each in tables:

@@ -119,7 +119,7 @@ def near(prediction, target):
     return said is not None and true is not None and abs(said - true) <= abs(true) * 0.05
 
 
-def relaxed_accuracy(prediction, target, profile):
+def relaxed_accuracy(prediction, target, profile="paper"):
     """ChartQA: a number may be off by 5 % of the target, anything else must be the same text but for case; 0.0 or 1.0
     (Masry et al. 2022, section 5.1). Commas, $ and units make a number a text.
 
@@ -164,7 +164,7 @@ def after_answer_is(prediction):
     return text.strip()
 
 
-def option_letter(prediction, options, profile):
+def option_letter(prediction, options, profile="paper"):
     """The letter of `options` (dict letter -> text) that a prediction names, or None if it cannot be told.
 
     "paper": the first character of what follows "answer is", so "apple" is A (Cambrian's extract_mcq_answer).

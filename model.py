@@ -221,7 +221,7 @@ def opened(loader, name, **how):
     """`loader.from_pretrained(name)`, with an error that names what cannot be opened"""
     try:
         return loader.from_pretrained(name, **how)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{name} cannot be opened: {first_line(error)}") from error
 
 

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import eval_vqa
 import prepare
 import scenes
 import sources
@@ -103,12 +105,21 @@ def test_every_named_data_set_is_in_the_readme():
     assert named == {*sources.NAMES, *prepare.SETS}
 
 
+def test_every_benchmark_is_in_the_readme():
+    """README's table names the benchmarks in the order and the groups of the code, and a metric that is the code's"""
+    table = readme().split("### `eval_vqa.py`")[1].split("\n### ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if re.match(r"\| .*`\w+`: ", line)]
+    assert [re.match(r"`(\w+)`", row[1])[1] for row in rows] == list(eval_vqa.BENCHMARKS) == sum(eval_vqa.GROUPS.values(), [])
+    heads = [i for i, row in enumerate(rows) if row[0]]
+    assert heads == np.cumsum([0] + [len(names) for names in eval_vqa.GROUPS.values()])[:-1].tolist()
+
+
 def test_files_and_flags_of_readme_exist():
     text = readme()
     code = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in [*SCRIPTS, "common.py"])
     for name in set(re.findall(r"`(\w+\.(?:py|sh|md|txt))`", text)):
         assert os.path.exists(os.path.join(ROOT, name)), f"README names {name}"
-    for flag in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)):
+    for flag in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) - {"nproc_per_node"}:  # torchrun's own
         assert f'"--{flag}"' in code, f"README uses --{flag}"
 
 

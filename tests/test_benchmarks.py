@@ -1,0 +1,486 @@
+"""eval_vqa.py --benchmarks, from the hub's rows to the page: prompts by hand, numbers against the official scorers, real runs on tiny copies of all."""
+import functools
+import glob
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+import answerers
+import artefacts
+import benchmarks
+import common
+import comparison
+import eval_vqa
+import hub_files
+import metrics
+from hub_files import EXPECTED, ODD
+from model import MLLM, InputError
+
+BENCHMARKS, PROFILES = eval_vqa.BENCHMARKS, ("paper", "lmms")
+BOTH = [(name, profile) for name in BENCHMARKS for profile in PROFILES]
+SOURCE = {  # benchmark -> (hub id, config, split) that both profiles read
+    "mme": ("lmms-lab-encoder/MME", "default", "test"), "seed": ("lmms-lab-encoder/SEED-Bench", "default", "test"),
+    "gqa": ("lmms-lab-encoder/GQA", "testdev_balanced_instructions", "testdev"), "scienceqa": ("lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test"),
+    "mmmu": ("lmms-lab-encoder/MMMU", "default", "validation"), "mathvista": ("AI4Math/MathVista", "default", "testmini"),
+    "ai2d": ("lmms-lab-encoder/ai2d", "default", "test"), "chartqa": ("lmms-lab-encoder/ChartQA", "default", "test"),
+    "ocrbench": ("echo840/OCRBench", "default", "test"), "textvqa": ("lmms-lab-encoder/textvqa", "default", "validation"),
+    "docvqa": ("lmms-lab-encoder/DocVQA", "DocVQA", "validation"), "mmvp": ("lmms-lab-eval/MMVP", "default", "train"),
+    "realworldqa": ("lmms-lab-encoder/RealWorldQA", "default", "test"), "cvbench2d": ("nyu-visionx/CV-Bench", "2D", "test"),
+    "cvbench3d": ("nyu-visionx/CV-Bench", "3D", "test"), "pope": ("lmms-lab-encoder/POPE", "default", "test"),
+    "hallusionbench": ("lmms-lab-encoder/HallusionBench", "default", "image"),
+    "naturalbench": ("BaiqiL/NaturalBench-lmms-eval", "default", "test"), "blink": ("BLINK-Benchmark/BLINK", None, "val"),
+    "vqav2": ("lmms-lab-encoder/VQAv2", "default", "validation"), "okvqa": ("lmms-lab-encoder/OK-VQA", "default", "val2014")}
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+
+
+def source(name, profile):
+    return SOURCE.get(name) or (("lmms-lab/MMBench_EN", "default", "dev") if profile == "paper" else ("lmms-lab-encoder/MMBench", "en", "dev"))
+
+
+@functools.cache
+def made(hub_id):
+    return hub_files.SETS[hub_id]()
+
+
+def stored_rows(hub_id, config, split):
+    """Rows as they are written, pictures as bytes"""
+    rows = made(hub_id)[config, split]
+    return rows, [dict(zip(rows.column_names, values)) for part in rows.with_format("arrow").iter(100)
+                  for values in zip(*(part[column].to_pylist() for column in rows.column_names))]
+
+
+def put(folder, hub_id, parts):
+    """Writes {(config, split): (rows as dicts, a Dataset with their features)} as hub_files does"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(hub_files.SETS, hub_id, lambda: {key: Dataset.from_list(rows, features=like.features) for key, (rows, like) in parts.items()})
+        hub_files.write(str(folder), [hub_id])
+    return str(folder)
+
+
+def put_changed(folder, name, change):
+    """Writes the set of a benchmark (paper) after change(rows), which may edit them or give others"""
+    hub_id, config, split = source(name, "paper")
+    like, rows = stored_rows(hub_id, config, split)
+    return put(folder, hub_id, {(config, split): (change(rows) or rows, like)})
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The folder of all sets, for --copies"""
+    folder = str(tmp_path_factory.mktemp("hub"))
+    hub_files.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(hub):
+    """{(benchmark, profile): its Questions}"""
+    return {key: benchmarks.Questions(BENCHMARKS[key[0]], key[1], hub) for key in BOTH}
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """A bootstrap of 20, where only its middle is looked at: 1000 take most of the time"""
+    monkeypatch.setattr(common.bootstrap, "__defaults__", (20,))
+
+
+# ---- from rows to questions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, profile", BOTH)
+def test_prompts_and_golds(name, profile, asked):
+    """What each profile asks, to the letter; options are those that the prompt lists; nothing goes uncounted"""
+    questions = asked[name, profile]
+    assert [(record["question"], record["gold"]) for record in questions.records] == EXPECTED[name][profile]
+    skipped = {"seed": {"about a video": 1}, "blink": {"about several pictures": 16}, "mmmu": {"about several pictures": 2} if profile == "lmms" else {}}
+    assert (questions.skipped, questions.dropped, questions.source) == (skipped.get(name, {}), [], source(name, profile)[0])
+    yes_no = name in ("mme", "pope", "hallusionbench")
+    for record in questions.records:
+        found = {letter: text.strip() for letter, text in re.findall(r"^\(?([A-E])[.)] (.*)$", record["question"], re.MULTILINE)}
+        found = {"A": "a", "B": "b"} if "Option: A" in record["question"] else found
+        found = {"Yes": "yes", "No": "no"} if yes_no or "answer Yes or No" in record["question"] else found
+        if name == "mmmu" and profile == "paper":  # whose tags are not in the prompt
+            found = found and {letter: re.sub("<image .>", "", record["options"][letter]) and text for letter, text in found.items()}
+            assert {letter: re.sub("<image .>", "", text) for letter, text in (record["options"] or {}).items()} == found
+        else:
+            assert (record["options"] or {}) == found and record["options"] != {}
+        assert not found or record["gold"].capitalize() in found  # of yes and no, any case
+    assert (None in [record["options"] for record in questions.records]) == (name in (
+        "gqa", "mmmu", "mathvista", "chartqa", "ocrbench", "textvqa", "docvqa", "realworldqa", "vqav2", "okvqa"))
+
+
+def upright(stored):
+    """The bytes of a picture -> how it is to be seen, by hand"""
+    image = Image.open(io.BytesIO(stored))
+    turned = image.getexif().get(0x0112) == 6
+    return image.mode, turned, (image.transpose(Image.Transpose.ROTATE_270) if turned else image).convert("RGB")
+
+
+@pytest.mark.parametrize("name, profile", BOTH)
+def test_pictures(name, profile, asked):
+    """Each row's own picture, RGB and upright, equal to the file; rows with the same file share it"""
+    questions, (hub_id, config, split) = asked[name, profile], source(name, profile)
+    seen, pictures = [], {each["id"]: each["image"] for each in stored_rows(
+        SOURCE["gqa"][0], "testdev_balanced_images", "testdev")[1]}
+    for record in questions.records:
+        part, number = record["row"].split() if name == "blink" else (config, record["row"])
+        row = stored_rows(hub_id, part, split)[1][int(number)]
+        if name == "gqa":
+            cell = pictures[row["imageId"]]
+        else:
+            column = {"mathvista": "decoded_image", "naturalbench": "Image", "mmmu": "image_1", "blink": "image_1"}.get(name, "image")
+            cell = row[column][0] if name == "seed" else row[column]
+        mode, turned, expected = upright(cell["bytes"])
+        if name in ODD and record["row"] == str(ODD[name][0]):
+            assert turned if ODD[name][1] == "turned" else mode == ODD[name][1]
+        else:
+            assert mode == "RGB" and not turned
+        found = questions.picture(record)
+        assert found.mode == "RGB" and found.size == expected.size and found.tobytes() == expected.tobytes()
+        seen.append((record["shared"], cell["bytes"]))
+    assert all((a == c) == (b == d) for (a, b), (c, d) in itertools.combinations(seen, 2))
+
+
+def test_a_turned_picture_is_the_one_that_was_drawn(asked):
+    """And not its mirror image: a JPEG is near what went into it"""
+    found, drawn = asked["realworldqa", "paper"].picture(asked["realworldqa", "paper"].records[3]), hub_files.picture("realworldqa/3")
+    drawn = Image.open(io.BytesIO(drawn["bytes"]))
+    assert found.size == drawn.size and np.abs(np.asarray(found, int) - np.asarray(drawn, int)).mean() < 25
+
+
+def test_rows_without_a_picture_and_hints_that_are_none(tmp_path):
+    """ScienceQA's third copy has all its rows, most without a picture; a hint may be missing altogether"""
+    like, rows = stored_rows(*SOURCE["scienceqa"])
+    for row in rows[:2]:
+        row["image"] = None
+    rows[3]["hint"], rows[4]["hint"] = None, "nan"
+    folder = put(tmp_path, "derek-thomas/ScienceQA", {("default", "test"): (rows, like)})
+    for profile in PROFILES:
+        questions = benchmarks.Questions(BENCHMARKS["scienceqa"], profile, folder)
+        assert questions.skipped == {"without a picture": 2} and questions.source == "derek-thomas/ScienceQA"
+        asked = [record["question"] for record in questions.records]
+        assert [record["row"] for record in questions.records] == list("2345") and asked[2:] == [text for text, _ in EXPECTED["scienceqa"][profile][4:]]
+        assert asked[1].startswith("What can the two students test?\nA. the size") and "nan" not in asked[2]
+
+
+def test_the_picture_of_a_question_about_one_of_several(tmp_path):
+    """MMMU: paper shows the first, lmms the one that the text names; a tag in an option names one too"""
+    def change(rows):
+        rows[0]["question"] = "Which style does <image 2> show?"
+        rows[0]["image_2"] = hub_files.picture("second")
+        rows[1]["question"], rows[1]["image_1"], rows[1]["image_3"] = "How long is x?", rows[1]["image_1"], hub_files.picture("third")
+    folder = put_changed(tmp_path, "mmmu", change)
+    _, rows = stored_rows(*SOURCE["mmmu"])
+    first, second = rows[0]["image_1"]["bytes"], hub_files.picture("second")["bytes"]
+    for profile, stored in (("paper", first), ("lmms", second)):
+        questions = benchmarks.Questions(BENCHMARKS["mmmu"], profile, folder)
+        assert questions.picture(questions.records[0]).tobytes() == upright(stored)[2].tobytes()
+        assert questions.picture(questions.records[1]).tobytes() == upright(rows[1]["image_1"]["bytes"])[2].tobytes()
+
+
+def test_an_older_copy_will_do(hub, tmp_path):
+    """lmms-lab/MME, where lmms-lab-encoder/MME is not there"""
+    shutil.copytree(os.path.join(hub, "lmms-lab-encoder/MME"), tmp_path / "lmms-lab/MME")
+    assert benchmarks.Questions(BENCHMARKS["mme"], "paper", str(tmp_path)).source == "lmms-lab/MME"
+
+
+# ---- reading answers -----------------------------------------------------------------------------------------------------------
+
+
+def best(gold):
+    """A gold answer as a model may say it: of several what most people say, else the first"""
+    return Counter(gold).most_common(1)[0][0] if isinstance(gold, list) else gold
+
+
+@pytest.mark.parametrize("name, profile", BOTH)
+def test_right_wrong_and_unreadable_answers(name, profile, asked):
+    read = BENCHMARKS[name].read
+    for record in asked[name, profile].records:
+        right, understood = read(record, best(record["gold"]), profile)
+        assert right == 1 and type(right) is float and understood is not None, record["question"]
+        said_no = float(name == "hallusionbench" and record["gold"] == "no")  # its rule: what has no yes in it is a no
+        for other in record["options"] or ():
+            if other.lower() != record["gold"].lower():
+                right, understood = read(record, other, profile)
+                assert right == 0 and understood is not None, (record["question"], other)
+        for nothing in ("", "#"):
+            right, understood = read(record, nothing, profile)
+            open_text = bool(nothing) and not record["options"] and not (profile == "lmms" and record.get("answer_type") in ("integer", "float", "list"))
+            open_text |= bool(nothing) and profile == "paper" and name in ("mathvista", "realworldqa")  # which Cambrian compares as texts
+            assert right == said_no and (understood is not None) == open_text, (record["question"], nothing, understood)
+
+
+@pytest.mark.parametrize("name, profile, row, said, right, understood", [  # each benchmark reads in its own way
+    ("mmbench", "paper", 0, "The answer is (A).", 1, "A"), ("mmbench", "paper", 0, "north", 0, None), ("mmbench", "lmms", 0, "It is north", 1, "A"),
+    ("mmbench", "lmms", 0, "It must be (B)", 0, "B"), ("mmbench", "paper", 0, "C", 0, None), ("mmbench", "lmms", 0, "C", 0, None),
+    ("mme", "paper", 0, "Yes.", 1, "yes"), ("mme", "paper", 0, "Yes, it is", 0, None), ("mme", "lmms", 0, "Yes, it is", 1, "yes"),
+    ("seed", "paper", 1, "Cat", 1, "C"), ("seed", "paper", 1, "(C)", 1, "C"), ("seed", "lmms", 1, "(C)", 0, None), ("seed", "lmms", 1, "Cat", 1, "C"),
+    ("gqa", "paper", 0, "No.", 1, "No."), ("gqa", "paper", 0, "No!", 0, "No!"), ("gqa", "lmms", 0, "No!", 1, "No!"),
+    ("scienceqa", "paper", 0, "Maine", 1, "B"), ("scienceqa", "paper", 0, "The answer is B.", 1, "B"), ("scienceqa", "lmms", 0, "Maine", 0, None),
+    ("scienceqa", "paper", 0, "Ohio", 0, "A"), ("scienceqa", "lmms", 0, "B. Maine", 1, "B"), ("scienceqa", "lmms", 0, "(B)", 0, None),
+    ("scienceqa", "paper", 4, "Pair 1.", 0, "A"), ("scienceqa", "paper", 0, "b. Maine", 1, "B"),
+    ("mmmu", "paper", 0, "E", 1, "E"), ("mmmu", "lmms", 0, "I say (E)", 1, "E"), ("mmmu", "paper", 0, "I say (E)", 0, None),
+    ("mmmu", "paper", 1, "5.6", 1, "5.6"), ("mmmu", "lmms", 1, "5.6", 0, "5.6"), ("mmmu", "lmms", 1, "x is 5.66", 1, "x is 5.66"),
+    ("mmmu", "paper", 1, "The answer is 5.66.", 1, "5.66"), ("mmmu", "paper", 4, "Six Dollars", 1, "six dollars"),
+    ("mathvista", "paper", 0, "1.25", 1, "1.25"), ("mathvista", "lmms", 0, "It is 1.24", 1, "1.2"), ("mathvista", "paper", 1, "B. 8/11", 1, "b"),
+    ("mathvista", "lmms", 1, "It is 8/11", 1, "8/11"), ("mathvista", "paper", 1, "It is 8/11", 0, "it is 8/11"), ("mathvista", "paper", 4, "A", 1, "a"),
+    ("mathvista", "lmms", 3, "so [2007,2008]", 1, "[2007, 2008]"), ("mathvista", "lmms", 2, "none", 0, None),
+    ("mathvista", "paper", 3, "[2007, 2008]", 1, "[2007, 2008]"),
+    ("ai2d", "paper", 0, "Cat", 1, "C"), ("ai2d", "lmms", 0, "Cat", 0, None), ("ai2d", "lmms", 0, "(c)", 1, "C"), ("ai2d", "lmms", 0, "C. c", 1, "C"),
+    ("chartqa", "paper", 2, "0.25", 0, "0.25"), ("chartqa", "lmms", 2, "0.25", 1, "0.25"), ("chartqa", "paper", 0, "59", 1, "59"),
+    ("ocrbench", "paper", 0, "It says Centre.", 1, "It says Centre."), ("ocrbench", "lmms", 5, r"\frac{1}{2}X+y", 1, r"\frac{1}{2}X+y"),
+    ("ocrbench", "lmms", 5, r"\frac{1}{2}x+y", 0, r"\frac{1}{2}x+y"), ("ocrbench", "lmms", 2, "G Shock", 1, "G Shock"),
+    ("textvqa", "paper", 0, "Clos Culombu", .3, "Clos Culombu"), ("textvqa", "lmms", 0, "dakota digital", .6, "dakota digital"),
+    ("docvqa", "paper", 2, "Pall", .75, "Pall"), ("docvqa", "lmms", 3, "a. meyer", 1, "a. meyer"), ("docvqa", "lmms", 2, "Xxxl", 0, "Xxxl"),
+    ("mmvp", "paper", 0, "Spread", 1, "A"), ("mmvp", "paper", 0, "Folded", 0, "B"), ("mmvp", "paper", 0, "(a)", 1, "A"),
+    ("mmvp", "paper", 0, "Spreading", 0, None), ("mmvp", "lmms", 0, "option b", 0, "B"), ("mmvp", "lmms", 1, "option b", 1, "B"),
+    ("mmvp", "lmms", 0, "Spread", 0, None),
+    ("realworldqa", "paper", 1, "3 cars", 1, "3"), ("realworldqa", "lmms", 1, "3 cars", 0, "3 cars"), ("realworldqa", "lmms", 2, "NO.", 1, "no"),
+    ("realworldqa", "paper", 2, "The answer is no.", 1, "no"), ("realworldqa", "lmms", 0, "I say (B)", 1, "B"), ("realworldqa", "paper", 0, "B.", 1, "b"),
+    ("realworldqa", "paper", 0, "B. Straight on", 0, "b."),
+    ("cvbench2d", "paper", 0, "(C", 1, "C"), ("cvbench2d", "lmms", 0, "( c1", 1, "C"), ("cvbench2d", "paper", 0, "( c1", 0, None),
+    ("cvbench3d", "paper", 0, "apple", 1, "A"), ("cvbench3d", "lmms", 0, "apple", 1, "A"), ("cvbench3d", "lmms", 0, "Green", 0, None),
+    ("blink", "paper", 0, "(D)", 1, "D"), ("blink", "lmms", 0, "( d", 1, "D"),
+    ("pope", "paper", 0, "Yes, there is", 1, "yes"), ("pope", "paper", 0, "Yes; it is", 0, None), ("pope", "paper", 0, "Yes: there is", 1, "yes"), ("pope", "lmms", 0, "Yes.", 0, None),
+    ("pope", "lmms", 1, "No", 1, "no"), ("pope", "paper", 1, "Yes.", 0, "yes"),
+    ("hallusionbench", "paper", 0, "my eyes", 0, "yes"), ("hallusionbench", "lmms", 0, "No, it is not", 1, "no"), ("hallusionbench", "lmms", 0, "Nothing", 1, None),
+    ("hallusionbench", "lmms", 1, "Nothing", 0, None),
+    ("naturalbench", "paper", 0, "Yes, not no", 1, 1), ("naturalbench", "lmms", 1, "It is not: no", 1, 0), ("naturalbench", "paper", 4, "yes", 0, None),
+    ("naturalbench", "lmms", 5, "b", 1, 0), ("naturalbench", "lmms", 6, "A", 0, 1),
+    ("vqav2", "paper", 4, "Two", 1, "Two"), ("vqav2", "lmms", 0, "skateboard", .3, "skateboard"),
+    ("okvqa", "paper", 0, "riding", 0, "riding"), ("okvqa", "lmms", 0, "ride", .6, "ride")])
+def test_each_benchmark_reads_in_its_own_way(name, profile, row, said, right, understood, asked):
+    found = BENCHMARKS[name].read(asked[name, profile].records[row], said, profile)
+    assert found == (pytest.approx(right), understood)
+
+
+@pytest.mark.parametrize("name, profile", BOTH)
+def test_of_the_options_the_gold_one_is_right(name, profile, asked):
+    for record in asked[name, profile].records:
+        for choice in record["options"] or ():
+            decoded, restricted, understood = eval_vqa.judge(record, None, choice, BENCHMARKS[name].read, profile)
+            assert (decoded, restricted, understood) == (None, float(choice.lower() == record["gold"].lower()), choice)
+        assert eval_vqa.judge(record, None, None, BENCHMARKS[name].read, profile) == (None, None, None)
+
+
+def test_an_option_whose_text_is_a_letter():
+    """AI2D asks which letter marks what: B is not right because it reads "a" and A is right"""
+    row = {"question": "Which letter marks the root?", "options": ["b", "a", "C"], "answer": "0"}
+    record = benchmarks.ai2d(row, "paper")
+    assert record["gold"] == "A" and record["options"] == {"A": "b", "B": "a", "C": "C"}
+    assert [eval_vqa.judge(record, None, choice, None, "paper")[1] for choice in "ABC"] == [1, 0, 0]
+
+
+def test_own_options_are_compared_as_own_answers_are():
+    """Options are spelt as they come first; "Red." is answered by "red" """
+    records = [{"kind": "color", "answer": answer} for answer in ("red", "Red.", "Light  blue", "light blue")]
+    options = {text: text for text in eval_vqa.candidates(records)["color"]}
+    assert list(options) == ["Light  blue", "red"]
+    for record, right in zip(records, ("red", "red", "Light  blue", "Light  blue")):
+        record |= {"gold": record["answer"], "options": options}
+        assert [eval_vqa.judge(record, None, choice, None, "paper")[1] for choice in options] == [choice == right for choice in options]
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """{(benchmark, profile): Questions} of four times as many rows, with ids and pictures of their own; MME has all its 14 categories"""
+    folder = str(tmp_path_factory.mktemp("many"))
+
+    def copy(hub_id, row, k):
+        name = hub_id.split("/")[1]
+        change = {"MMBench_EN": lambda: {"index": row["index"] + 1000 * k}, "MMBench": lambda: {"index": row["index"] + 1000 * k},
+                  "MMVP": lambda: {"Index": row["Index"] + 6 * k}, "NaturalBench-lmms-eval": lambda: {"Index": row["Index"] + 12 * k},
+                  "HallusionBench": lambda: {"set_id": str(k)}, "MME": lambda: {"question_id": f"{k}/{row['question_id']}", "category": {
+                      "existence": PERCEPTION[k], "count": PERCEPTION[k + 3], "OCR": PERCEPTION[k + 6], "code_reasoning": COGNITION[k],
+                      "text_translation": COGNITION[3 - k]}[row["category"]]}}.get(name, dict)()
+        return {column: {**cell, "bytes": cell["bytes"] + bytes([k])} if isinstance(cell, dict) and "bytes" in cell else cell  # another file
+                for column, cell in {**row, **change}.items()}
+    for hub_id in hub_files.SETS:
+        parts = {part: stored_rows(hub_id, *part) for part in made(hub_id)}
+        put(folder, hub_id, {part: ([copy(hub_id, row, k) for k in range(1 if "images" in part[0] else 4) for row in rows], like)
+                             for part, (like, rows) in parts.items()})
+    return {key: benchmarks.Questions(BENCHMARKS[key[0]], key[1], folder) for key in BOTH}
+
+
+HEADLINE = {
+    "mme": lambda rows, profile: metrics.mme_score(rows, profile)["perception"] / 2000,
+    "mmbench": lambda rows, profile: metrics.mmbench_score(rows, profile)["circular_accuracy"],
+    "mmvp": lambda rows, profile: metrics.mmvp_score(rows, profile)["pair_accuracy"],
+    "cvbench2d": lambda rows, profile: metrics.cvbench_score(rows, profile)["2D" if profile == "paper" else "accuracy"],
+    "cvbench3d": lambda rows, profile: metrics.cvbench_score(rows, profile)["3D" if profile == "paper" else "accuracy"],
+    "pope": lambda rows, profile: metrics.pope_score(rows, profile)["f1"],
+    "naturalbench": lambda rows, profile: metrics.naturalbench_score(rows)["G_Acc"],
+    "hallusionbench": lambda rows, profile: metrics.hallusionbench_score(rows)["aAcc"],
+    "blink": lambda rows, profile: np.mean([np.mean(part) for part in by(rows, "sub_task").values()])}
+
+
+def by(rows, column):
+    parts = defaultdict(list)
+    for row in rows:
+        parts[row[column]].append(row["score"])
+    return parts
+
+
+def headline(name, rows, profile):
+    return HEADLINE.get(name, lambda rows, profile: np.mean([row["score"] for row in rows]))(rows, profile)
+
+
+def answered(questions, profile, rng, p_right=.6, p_nothing=.15):
+    """Lines with random answers: right, wrong, unreadable"""
+    lines = []
+    for record in questions.records:
+        wrong = [key for key in record["options"] or ("#",) if key.lower() != str(record["gold"]).lower()]
+        luck = rng.random()
+        said = best(record["gold"]) if luck < p_right else "#" if luck < p_right + p_nothing else wrong[rng.integers(len(wrong))]
+        score, understood = questions.benchmark.read(record, said, profile)
+        lines.append({**record, "prediction": said, "score": score, "understood": understood})
+    return lines
+
+
+@pytest.mark.parametrize("name, profile", BOTH)
+def test_the_number_is_the_official_scorer_s(name, profile, many, few_draws):
+    questions, rng = many[name, profile], np.random.default_rng(0)
+    assert len(questions.records) == 4 * len(EXPECTED[name][profile])
+    found = set()
+    for p_right, p_nothing in [(1, 0), (0, 0), (0, 1), (.95, .05)] + [(.3, .3), (.6, .15), (.8, .1)] * 6:
+        lines = answered(questions, profile, rng, p_right, p_nothing)
+        number = comparison.numbers(*comparison.sums(questions.benchmark, lines, [line["score"] for line in lines]), 0)[0]
+        assert number == pytest.approx(headline(name, lines, profile), abs=1e-12)
+        found.add(round(number, 6))
+    assert 1 in found and (0 in found or name == "hallusionbench") and len(found) > 5
+
+
+@pytest.mark.parametrize("name", ["mme", "mmbench", "mmvp", "cvbench2d", "pope", "naturalbench", "hallusionbench", "blink", "gqa", "vqav2", "chartqa"])
+def test_a_resample_by_hand(name, many):
+    """The rows of the drawn clusters, written out as often as they were drawn, scored anew: clusters are pictures, or units where there are units"""
+    questions = many[name, "paper"]
+    lines = answered(questions, "paper", np.random.default_rng(1))
+    number, draws = comparison.numbers(*comparison.sums(questions.benchmark, lines, [line["score"] for line in lines]), 5)
+    assert len(draws) == 1000 and comparison.interval(number, draws) == [number, *np.quantile(draws, [.025, .975])]
+    cluster = {"mme": lambda row: (row["category"], row["question_id"]), "mmbench": lambda row: row["index"] % 1_000_000,
+               "mmvp": lambda row: (row["Index"] + 1) // 2, "naturalbench": lambda row: row["Index"] // 4}.get(name, lambda row: row["shared"])
+    clusters = defaultdict(list)
+    for line in lines:
+        if name != "mme" or line["category"] in PERCEPTION:
+            clusters[cluster(line)].append(line)
+    assert max(map(len, clusters.values())) > 1 or name in ("blink", "cvbench2d")
+    clusters, rng, column = list(clusters.values()), np.random.default_rng(5), {"mme": "question_id", "mmbench": "index"}.get(name, "Index")
+    for found in draws[:8]:
+        rows = []
+        for copy, drawn in enumerate(rng.integers(0, len(clusters), len(clusters))):
+            rename = {"mme": lambda row: f"{copy}/{row['question_id']}", "mmbench": lambda row: 1_000_000 * (row["index"] // 1_000_000) + copy,
+                      "mmvp": lambda row: 2 * copy + 2 - row["Index"] % 2, "naturalbench": lambda row: 4 * copy + row["Index"] % 4}.get(name)
+            rows += [{**row, **({column: rename(row)} if rename else {})} for row in clusters[drawn]]
+        if name == "mme":  # of categories that were not drawn nothing is known
+            points = metrics.mme_score(rows, "paper")
+            assert found == pytest.approx(np.mean([points[category] / 200 for category in PERCEPTION if category in points]))
+        else:
+            assert found == pytest.approx(headline(name, rows, "paper"))
+
+
+def test_a_difference_is_of_the_same_resamples(many):
+    """Equal runs differ by exactly 0, others by what their draws differ; gained and lost count rows; blind has its own reading"""
+    questions = many["pope", "lmms"]
+    lines = {run: answered(questions, "lmms", np.random.default_rng(seed)) for run, seed in (("a", 0), ("same", 0), ("b", 1))}
+    for run, rows in lines.items():
+        blind = answered(questions, "lmms", np.random.default_rng(7), .5, .4)
+        for row, other in zip(rows, blind):
+            row |= {"blind_score": other["score"], "blind_understood": other["understood"], "blind": other["prediction"]}
+    table = comparison.estimate(questions.benchmark, lines, ("score", "blind_score"), 3)
+    assert table["same"]["score_vs_first"] == [0, 0, 0] == table["a"]["score_vs_first"] and table["b"]["blind_score_vs_first"] == [0, 0, 0]
+    drawn = {run: comparison.numbers(*comparison.sums(questions.benchmark, rows, [row["score"] for row in rows]), 3) for run, rows in lines.items()}
+    difference = drawn["b"][1] - drawn["a"][1]
+    assert table["b"]["score_vs_first"] == [drawn["b"][0] - drawn["a"][0], *np.quantile(difference, [.025, .975])]
+    assert table["b"]["score"] == comparison.interval(*drawn["b"]) and table["b"]["score"] != comparison.estimate(
+        questions.benchmark, lines, ("score",), 4)["b"]["score"]
+    changed = [(a["score"], b["score"]) for a, b in zip(lines["a"], lines["b"])]
+    assert (table["b"]["gained"], table["b"]["lost"]) == (changed.count((0, 1)), changed.count((1, 0))) and min(changed.count((0, 1)), changed.count((1, 0)))
+    assert table["b"]["n"] == len(lines["b"]) and table["a"]["gained"] == table["a"]["lost"] == 0
+    blind = [{**row, "prediction": row["blind"]} for row in lines["a"]]
+    assert table["a"]["blind_score"][0] == pytest.approx(metrics.pope_score(blind, "lmms")["f1"])
+    assert table["a"]["blind_score"][0] != pytest.approx(table["a"]["score"][0])
+
+
+def test_flips_are_about_one_half():
+    scores = lambda *values: [{"score": value} for value in values]
+    assert comparison.flips(scores(0, 0, .3, .5, 1, 1), scores(.5, .4, .6, .6, .4, .5)) == [1, 0, 1, 0, -1, 0]
+    with pytest.raises(ValueError):
+        comparison.flips(scores(1), scores(1, 1))
+
+
+@pytest.mark.parametrize("name, profile, expected", [
+    ("mmbench", "paper", (1 / 4 + 1 / 27 + 1 / 256) / 3), ("mme", "paper", .375), ("seed", "lmms", 1 / 4), ("gqa", "paper", 0),
+    ("scienceqa", "paper", (1 / 4 + 1 / 2 + 1 / 3 + 1 / 2 + 1 / 3 + 1 / 4) / 6), ("mmmu", "paper", (1 / 5 + 1 / 3 + 1 / 3 + 1 / 3 + 1 / 2) / 7),
+    ("mmmu", "lmms", (1 / 5 + 1 / 3 + 1 / 2) / 5), ("mathvista", "paper", (1 / 4 + 1 / 2) / 6), ("mmvp", "paper", 1 / 4),
+    ("realworldqa", "paper", (1 / 3 + 1 / 2) / 6), ("cvbench2d", "paper", ((1 / 4 + 1 / 2 + 1 / 2) / 3 + (1 / 5 + 1 / 2 + 1 / 4) / 3) / 2),
+    ("cvbench2d", "lmms", (1 / 4 + 1 / 2 + 1 / 2 + 1 / 5 + 1 / 2 + 1 / 4) / 6), ("pope", "paper", 5 / (5 + .5 * 9)), ("hallusionbench", "lmms", .5),
+    ("naturalbench", "paper", 1 / 16), ("blink", "paper", (1 / 4 + 1 / 4 + 1 / 2 + 1 / 2 + 1 / 3 + 1 / 2) / 6), ("vqav2", "lmms", 0)])
+def test_chance_by_hand(name, profile, expected, asked):
+    """POPE: half of 5 yes of 9 are found, and half of 9 are called yes; an unreadable answer of some model does not change it"""
+    lines = [{**record, "understood": None} for record in asked[name, profile].records]
+    assert comparison.chance(BENCHMARKS[name], lines) == pytest.approx(expected)
+
+
+def test_chance_of_half_yes():
+    row = lambda gold: {"unit": gold, "shared": gold, "stratum": "", "gold": gold, "options": {"Yes": "yes", "No": "no"}}
+    assert comparison.chance(BENCHMARKS["pope"], [row("yes"), row("no")]) == pytest.approx(.5)
+
+
+def test_the_groups_and_their_means():
+    assert [len(names) for names in eval_vqa.PAPER.values()] == [4, 4, 4, 4] and len(eval_vqa.GROUPS["more"]) == 6
+    assert sorted(sum(eval_vqa.GROUPS.values(), [])) == sorted(BENCHMARKS) and len(BENCHMARKS) == 22
+    assert eval_vqa.benchmark_names(["vision", "mme", "mmvp"]) == ["mmvp", "realworldqa", "cvbench2d", "cvbench3d", "mme"]
+    assert eval_vqa.benchmark_names(["all"]) == list(BENCHMARKS) and len(eval_vqa.benchmark_names(["paper"])) == 16
+    rng, cells = np.random.default_rng(0), {}
+    for name in sum(eval_vqa.PAPER.values(), []):
+        cells[name] = {"score": [rng.random(), 0, 1]}
+    points = {name: 100 * cell["score"][0] for name, cell in cells.items()}
+    points["mme"] = 2000 * cells["mme"]["score"][0] / 20  # the paper's rule
+    means = {group: sum(points[name] for name in names) / 4 for group, names in eval_vqa.PAPER.items()}
+    assert comparison.averages(cells, eval_vqa.PAPER) == pytest.approx({**means, "overall": sum(means.values()) / 4})
+    del cells["docvqa"]
+    assert comparison.averages(cells, eval_vqa.PAPER) == pytest.approx({group: mean for group, mean in means.items() if group != "ocr"})
+
+
+# ---- a part of the rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, limit, n", [("mmvp", 5, 6), ("mmvp", 6, 6), ("naturalbench", 9, 12), ("gqa", 7, 7), ("mme", 13, 14)])
+def test_limit_draws_whole_units(name, limit, n, many):
+    questions = many[name, "paper"]
+    rows = {record["row"]: record["unit"] for record in questions.records}
+    sizes, drawn = Counter(rows.values()), []
+    for seed in range(25):
+        found = benchmarks.draw(questions.records, limit, seed)
+        units = Counter(record["unit"] for record in found)
+        assert len(found) == n and all(units[unit] == sizes[unit] for unit in units)
+        assert [record["row"] for record in found] == [row for row in rows if rows[row] in units]  # the order stays
+        assert found == benchmarks.draw(questions.records, limit, seed)
+        drawn.append(frozenset(units))
+    assert len(set(drawn)) > 20 and frozenset().union(*drawn) == set(sizes)
+
+
+def test_limit_of_a_set(hub):
+    """Questions draws the same; a limit that is no limit leaves all; a part of MME with no perception is worth 0, and stops nothing"""
+    benchmark, rows = BENCHMARKS["mmvp"], lambda *args: [record["row"] for record in benchmarks.Questions(benchmark, "paper", hub, *args).records]
+    assert rows(3, 1) == [record["row"] for record in benchmarks.draw(benchmarks.Questions(benchmark, "paper", hub).records, 3, 1)]
+    assert len(rows(3, 1)) == 4 and rows(6, 1) == rows(7) == rows() == list("012345") and len({tuple(rows(2, seed)) for seed in range(9)}) == 3
+    parts = comparison.sums(BENCHMARKS["mme"], [{"stratum": None, "unit": "1", "shared": "1"}], [1.])
+    assert comparison.numbers(*parts, 0)[0] == 0 and not comparison.numbers(*parts, 0)[1].any()
