@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -484,3 +485,150 @@ def test_limit_of_a_set(hub):
     assert len(rows(3, 1)) == 4 and rows(6, 1) == rows(7) == rows() == list("012345") and len({tuple(rows(2, seed)) for seed in range(9)}) == 3
     parts = comparison.sums(BENCHMARKS["mme"], [{"stratum": None, "unit": "1", "shared": "1"}], [1.])
     assert comparison.numbers(*parts, 0)[0] == 0 and not comparison.numbers(*parts, 0)[1].any()
+
+
+# ---- the whole program -----------------------------------------------------------------------------------------------------------
+
+LONGEST = {**dict.fromkeys("mmbench seed scienceqa mmmu mathvista ai2d mmvp realworldqa cvbench2d cvbench3d blink".split(), 512), "gqa": 128, "ocrbench": 128}
+
+
+@pytest.fixture(scope="module")
+def clip_run(make, tmp_path_factory):
+    """A second run: CLIP, whose pictures are cropped, + Qwen2"""
+    run = str(tmp_path_factory.mktemp("runs") / "clip")
+    make("clip").save(run)
+    return run
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys, hub, few_draws):
+    """ask(arguments) -> what eval_vqa.py prints"""
+    def ask(*arguments, copies=hub):
+        monkeypatch.setattr(sys, "argv", ["eval_vqa.py", *map(str, arguments), *(["--copies", copies] if copies else [])])
+        eval_vqa.main()
+        return capsys.readouterr().out
+    return ask
+
+
+def saved(out, name, run):
+    with open(os.path.join(out, name, f"{run}.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def results(out):
+    with open(os.path.join(out, "results.json")) as file:
+        return json.load(file)
+
+
+def contents(folder):
+    """{file: its bytes}"""
+    found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(path, folder): open(path, "rb").read() for path in found}
+
+
+def refused(call, *words):
+    """In one line that has all these words"""
+    with pytest.raises((InputError, SystemExit)) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_answer_and_every_number(profile, asked, start_run, clip_run, ask, monkeypatch, tmp_path):
+    """All sets, two models with known answers: the first knows all, the second two of three, and nobody anything of a grey picture"""
+    sets, out, lengths, cards = {name: asked[name, profile] for name in BENCHMARKS}, tmp_path / "out", defaultdict(set), []
+    key = lambda question, image: (question, image.size, image.tobytes())
+    known = {key(record["question"], questions.picture(record)): (name, best(record["gold"])) for name, questions in sets.items()
+             for record in questions.records}
+    lacks = lambda key: zlib.crc32(repr(key).encode()) % 3 == 0
+
+    def generate(self, images, questions, max_new_tokens, temperature=None):
+        texts = []
+        for image, question in zip(images, questions, strict=True):
+            grey = image.getcolors() == [(image.width * image.height, (128, 128, 128))]
+            name, gold = (None, "") if grey else known[key(question, image)]
+            lengths[name].add(max_new_tokens)
+            is_clip = self.vision.config.model_type.startswith("clip")
+            texts.append("#" if grey or is_clip and lacks(key(question, image)) else gold)
+        return texts
+    monkeypatch.setattr(MLLM, "generate", generate)
+    write = eval_vqa.gallery.write
+    monkeypatch.setattr(eval_vqa.gallery, "write", lambda *args: (cards.extend(args[-1]), write(*args)))
+    printed = ask(start_run, clip_run, "--benchmarks", "all", "--profile", profile, "--gallery", 2, "--batch_size", 5, "--out", out)
+    del lengths[None]
+    assert lengths == {name: {LONGEST.get(name, 32)} for name in BENCHMARKS}
+
+    found, cells = results(out), {"start": {}, "clip": {}}
+    for name, questions in sets.items():
+        for run in cells:
+            lines, expected = saved(out, name, run), []
+            assert [line["row"] for line in lines] == [record["row"] for record in questions.records]
+            for line, record in zip(lines, questions.records):
+                said = "#" if run == "clip" and lacks(key(record["question"], questions.picture(record))) else best(record["gold"])
+                right, understood = BENCHMARKS[name].read(record, said, profile)
+                nothing = BENCHMARKS[name].read(record, "#", profile)
+                assert (line["prediction"], line["score"], line["decoded"], line["understood"]) == (said, right, right, understood)
+                assert (line["blind"], line["blind_score"], line["blind_understood"]) == ("#", *nothing)
+                assert (line["question"], line["gold"], line["measure"]) == (record["question"], record["gold"], "decoded")
+                assert (line["choice"], line["restricted"]) == (None, None) and "picture" not in line
+                expected.append({**record, "prediction": said, "score": right, "understood": understood})
+            cell, number = found["table"][run][name], headline(name, expected, profile)
+            cells[run][name] = expected
+            number = number * 2000 / 600 if name == "mme" else number  # three of ten categories
+            blind = .5 if name == "hallusionbench" else 0
+            assert cell["score"][0] == pytest.approx(number) and cell["blind_score"] == [blind, *(cell["blind_score"][1:] if blind else [0, 0])]
+            assert cell["n"] == len(expected) and cell["source"] == source(name, profile)[0] and cell["measure"] == "decoded"
+            assert cell["not_understood"] == sum(line["understood"] is None for line in expected)
+            assert cell["skipped"] == questions.skipped and cell["dropped"] == []
+            lost = [a["score"] >= .5 > b["score"] for a, b in zip(cells["start"][name], expected)]
+            assert (cell["gained"], cell["lost"]) == (0, sum(lost))
+            assert cell["chance"] == comparison.chance(BENCHMARKS[name], questions.records)
+            assert cell["score_vs_first"][0] == pytest.approx(cell["score"][0] - found["table"]["start"][name]["score"][0])
+            if name in HEADLINE and name != "blink":
+                scorer = getattr(metrics, re.sub("bench.d", "bench", name) + "_score")
+                assert cell["scorer"] == pytest.approx(scorer(expected) if name in ("hallusionbench", "naturalbench") else scorer(expected, profile))
+            else:
+                assert "scorer" not in cell
+            flipped = [card for card in cards if card.benchmark == BENCHMARKS[name].title]
+            numbers = [int(re.search(r"\d+$", card.name)[0]) if name != "blink" else card.name[4:] for card in flipped]
+            if run == "clip":
+                rows = [record["row"] if name == "blink" else int(record["row"]) for record, is_lost in zip(questions.records, lost) if is_lost]
+                assert len(flipped) == min(2, len(rows)) and set(numbers) <= set(rows) and numbers == [row for row in rows if row in numbers]
+    points = {run: {name: 100 * cell["score"][0] for name, cell in found["table"][run].items()} for run in cells}
+    means = {group: np.mean([points["clip"][name] for name in names]) for group, names in eval_vqa.PAPER.items()}
+    assert found["averages"]["start"] == dict.fromkeys([*eval_vqa.PAPER, "overall"], 100)
+    assert found["averages"]["clip"] == pytest.approx({**means, "overall": np.mean(list(means.values()))}) and means["vision"] < 100
+
+    for card in cards:  # each is about a question that only the first knows
+        name = next(name for name in BENCHMARKS if BENCHMARKS[name].title == card.benchmark)
+        record = next(record for record in sets[name].records if f"row {record['row']}" == card.name)
+        gold = ", ".join(dict.fromkeys(record["gold"])) if isinstance(record["gold"], list) else record["gold"]
+        assert (card.question, card.gold, card.image.tobytes()) == (record["question"], gold, sets[name].picture(record).tobytes())
+        assert [(answer.model, answer.text, answer.right) for answer in card.answers] == [("start", best(record["gold"]), 1), ("clip", "#", 0)]
+        assert all(answer.map.any() for answer in card.answers) and card.answers[0].map.shape == (3, 3)
+    assert len({card.benchmark for card in cards}) > 15
+
+    with open(out / "results.md") as file:
+        page = file.read()
+    with open(out / "report.html") as file:
+        html = file.read()
+    assert found["args"]["profile"] == profile
+    words = {"paper": "Cambrian-1", "lmms": "lmms-eval"}
+    assert f"prompts and rules of {words[profile]} (profile {profile})" in html
+    other = PROFILES[profile == "paper"]
+    for text in (printed, page, html):
+        assert f"profile {profile}" in text and f"profile {other}" not in text and "random rows" not in text
+        assert all(benchmark.title in text for benchmark in BENCHMARKS.values()) and "average, overall" in text and "16 about several pictures" in text
+        assert "1 about a video" in text and "start, blind" in text and "logprob" not in text
+    cell = found["table"]["clip"]["mme"]["score"]
+    line = lambda text, start: re.sub(r"[ |]+", " ", next(line for line in text.splitlines() if line.strip(" |").startswith(start))).strip()
+    low, high = found["table"]["clip"]["mme"]["score"][1:]
+    blind = " ".join(["0.0 [0.0, 0.0]"] * 1)
+    for text in (printed, page):
+        assert line(text, "MME ") == (f"MME perception, points 12 750.0 2000.0 [2000.0, 2000.0] {blind} "
+                                      f"{2000 * cell[0]:.1f} [{2000 * low:.1f}, {2000 * high:.1f}] {blind}")
+        assert line(text, "average, overall").split()[2:] == ["100.0", f"{found['averages']['clip']['overall']:.1f}"]
+        assert line(text, "GQA ").startswith("GQA accuracy 6 100.0 [100.0, 100.0]")  # no chance
+    assert "all numbers of the official scorers" in page and "MME perception" in page and "official" not in printed
+    assert sorted(os.listdir(out)) == sorted([*BENCHMARKS, "report.html", "results.json", "results.md", "settings.json"]) and not glob.glob(f"{out}.*")
