@@ -280,7 +280,8 @@ def read_scienceqa(row, prediction, profile):
         return letters_of("scienceqa")(row, prediction, profile)
     text = metrics.after_answer_is(prediction).rstrip(".")
     letter = text.split(".")[0].upper()
-    same = [each for each, option in row["options"].items() if metrics.gqa_correct(text, option)]
+    same = [each for each, option in row["options"].items()
+            if metrics.bare(text).strip() == metrics.bare(option).strip()]
     said = letter if letter in row["options"] else same[0] if same else None
     return float(row["gold"] in (letter, *same)), said
 
@@ -314,8 +315,8 @@ def read_mmvp(row, prediction, profile):
 
 def read_realworldqa(row, prediction, profile):
     """The first word (Cambrian, which stops at an empty answer; wrong here); a letter or the whole (lmms-eval)"""
-    if profile == "lmms" and row["options"]:
-        return letters(row, prediction, profile)
+    if profile == "lmms" and row["gold"] in "ABCD":
+        return letters_of("realworldqa")({**row, "options": "ABCD"}, prediction, profile)
     said = prediction.lower().strip().rstrip(".")
     if profile == "paper":
         said = (metrics.after_answer_is(prediction).rstrip(".").split() or [""])[0]

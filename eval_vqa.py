@@ -132,7 +132,7 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
         score=lambda rows, _: naturalbench_score(rows)),
     "blink": b.Benchmark(
         "BLINK", ["BLINK-Benchmark/BLINK"], "val", "prompt, choices, answer, sub_task", b.blink,
-        b.letters_of("cvbench"), "accuracy, mean of tasks", 512, stratum=lambda row, _: row["sub_task"], configs=BLINK),
+        b.letters_of("blink"), "accuracy, mean of tasks", 512, stratum=lambda row, _: row["sub_task"], configs=BLINK),
     "vqav2": b.Benchmark(
         "VQAv2", moved("VQAv2"), "validation", "question, answers", b.vqav2, b.read_vqa, "VQA accuracy"),
     "okvqa": b.Benchmark(

@@ -11,6 +11,7 @@ made; "lmms" is that of lmms-eval. Where a rule looks odd it was kept, and its l
 the same numbers.
 """
 import ast
+import math
 import re
 import string
 from collections import Counter, defaultdict
@@ -97,9 +98,9 @@ def anls(prediction, answers):
     """Average normalised Levenshtein similarity of DocVQA, for one row: that to the nearest of `answers` (list of str),
     0 if it is below 0.5 (Biten et al. 2019).
 
-    Distances are of texts in lower case with single spaces, but lengths are of the texts as they are."""
+    Distances are of texts in lower case with single spaces, but lengths are of the texts with all their spaces."""
     tidy = lambda text: " ".join(text.strip().lower().split())
-    lengths = [max(len(answer), len(prediction)) for answer in answers]
+    lengths = [max(len(answer.upper()), len(prediction.upper())) for answer in answers]  # upper: ß counts as two
     distances = [edit_distance(tidy(answer), tidy(prediction)) for answer in answers]
     similarity = 1 - min(distance / length if length else 0.0 for distance, length in zip(distances, lengths))
     return similarity if similarity >= 0.5 else 0.0
@@ -134,9 +135,13 @@ def relaxed_accuracy(prediction, target, profile="paper"):
     return float(abs(said - true) / abs(true) <= 0.05 if said is not None and true else same)
 
 
+def bare(text):
+    """Lower case, without punctuation"""
+    return text.translate(str.maketrans("", "", string.punctuation)).lower()
+
+
 def gqa_correct(prediction, answer):
-    """GQA: the same text but for case and punctuation; articles count (lmms-eval)"""
-    bare = lambda text: text.translate(str.maketrans("", "", string.punctuation)).lower().strip()
+    """GQA: the same text but for case and punctuation; articles and spaces count (lmms-eval)"""
     return bare(prediction) == bare(answer)
 
 
@@ -145,10 +150,10 @@ def ocrbench_correct(prediction, answers, kind):
 
     Case and line ends do not count, but handwritten mathematics is compared without spaces and with its case, as LaTeX
     tells \\Delta from \\delta (Liu et al. 2023)."""
-    wide = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII, as lmms-eval folds it
     if kind in ("HME100k", "Handwritten Mathematical Expression Recognition"):
-        tidy = lambda text: text.translate(wide).strip().replace("\n", "").replace(" ", "")
+        tidy = lambda text: text.strip().replace("\n", "").replace(" ", "")
     else:
+        wide = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII (lmms-eval)
         tidy = lambda text: text.translate(wide).lower().strip().replace("\n", " ")
     return any(tidy(answer) in tidy(prediction) for answer in answers)
 
@@ -196,21 +201,28 @@ def mmmu_choice(prediction, options):
     return None
 
 
+MARK = f"[{re.escape(string.punctuation)}]"
 LMMS_LETTERS = {  # the rules of single tasks of lmms-eval: patterns in the order in which they are tried
-    "seed": (r"^([A-Z])",),
+    "seed": (r"(?i)^([A-Z])",),
     "scienceqa": (r"^([A-Z])\.", r"(?i)^([A-Z])$"),
-    "ai2d": (r"^([A-Z])\.", r"(?i)^[^\w\s]*([A-Z])[^\w\s]*$"),
+    "ai2d": (r"^([A-Z])\.", rf"(?i)^{MARK}*([A-Z]){MARK}*$"),
     "cvbench": (r"(?i)^[(\s]*([A-Z])",),        # any first letter counts
     "mmvp": (r"(?i)^\(?([AB])\)?\.?\s*$", r"(?i)^\(?([AB])\)?[.\s]", r"(?i)answer\s+is\s+\(?([AB])\)?",
              r"(?i)option\s+\(?([AB])\)?", r"(?i)\(?([AB])\)?(?:\s|$)", r"(?i)^([AB])"),
+    "blink": (r"(?i)^(?=[^\n]{1,4}(?:\n|$))\(?([LETTERS])\)?[.\s:,)]*(?:\n|$)",          # a line of little else
+              r"(?is).*answers?(?:\s+is)?\s*[:\-]?\s*\(?([LETTERS])\)?(?![A-Za-z])",     # the last that is declared
+              r"(?s).*\(([LETTERS])\)", r"(?i)^[(\s]*([LETTERS])"),
+    "realworldqa": (r"(?is).*(?:answer|option|choice)\s*(?:is\b|[:=])\W*([A-D])(?!\w)",     # in short what it does
+                    r"(?i)^\W*([A-D])(?:\W*$|[.):,])", r"(?s).*\(([A-D])\)"),
 }
 
 
 def pattern_letter(prediction, options, task):
     """The letter by the patterns of LMMS_LETTERS[task], or None"""
-    found = (re.search(pattern, prediction.strip()) for pattern in LMMS_LETTERS[task])
+    letters = "".join(options)  # where a pattern says LETTERS it sees no others
+    found = (re.search(pattern.replace("LETTERS", letters), prediction.strip()) for pattern in LMMS_LETTERS[task])
     letter = next((match[1].upper() for match in found if match), None)
-    return letter if letter in options else None
+    return letter if letter and letter in options else None
 
 
 def mmbench_letter(prediction, options):
@@ -395,7 +407,8 @@ def cvbench_score(rows, profile="paper"):
     overall their mean. rows: source, answer as "(A)", prediction. -> these and accuracy, of all rows alike.
 
     A part of which no row is given is not in the dict."""
-    right = lambda row: cvbench_letter(row["prediction"], string.ascii_uppercase, profile) == row["answer"].strip("()")
+    right = lambda row: cvbench_letter(row["prediction"], list(string.ascii_uppercase), profile) == \
+        row["answer"].strip("()")
     score = {source: mean(map(right, members)) for source, members in grouped(rows, lambda row: row["source"]).items()}
     for name, parts in (("2D", ("ADE20K", "COCO")), ("3D", ("Omni3D",)), ("overall", ("2D", "3D"))):
         if found := [score[part] for part in parts if part in score]:
@@ -415,11 +428,9 @@ def pope_score(rows, profile="lmms"):
     score = {"accuracy": mean(answer == gold for answer, gold in pairs), "precision": true / max(1, true + false),
              "recall": true / max(1, true + missed), "f1": 2 * true / max(1, 2 * true + false + missed),
              "yes_ratio": mean(answer == "yes" for answer in said)}
-    groups = grouped(rows, lambda row: row.get("category"))
-    if len(groups) > 1:
-        score |= {f"f1 {category}": pope_score([{**row, "category": None} for row in members], profile)["f1"]
-                  for category, members in groups.items()}
-    return score
+    groups = grouped((row for row in rows if row.get("category")), lambda row: row["category"])
+    return score | {f"f1 {category}": pope_score([{**row, "category": None} for row in members], profile)["f1"]
+                    for category, members in groups.items()}
 
 
 def naturalbench_gold(row):
@@ -470,11 +481,11 @@ def mathvista_answer(prediction, row):
         found = re.findall(r"\[[^\[\]]*\]", text)
         try:
             return str(ast.literal_eval(found[-1])) if found else None
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of a model that repeats itself
             return None
     if row["answer_type"] in ("integer", "float"):
         found = [float(each.replace(",", "")) for each in re.findall(r"-?\d[\d,]*\.?\d*|-?\.\d+", text)]
-        if not found:
+        if not found or math.isinf(found[-1]):
             return None
         return str(int(found[-1])) if row["answer_type"] == "integer" else \
             str(round(found[-1], int(row["precision"] or 0)))

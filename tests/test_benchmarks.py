@@ -67,7 +67,8 @@ def stored_rows(hub_id, config, split):
 def put(folder, hub_id, parts):
     """Writes {(config, split): (rows as dicts, a Dataset with their features)} as hub_files does"""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(hub_files.SETS, hub_id, lambda: {key: Dataset.from_list(rows, features=like.features) for key, (rows, like) in parts.items()})
+        patch.setitem(hub_files.SETS, hub_id, lambda: {key: Dataset.from_list(rows, features=like.features) if rows else like.select([])
+                                                       for key, (rows, like) in parts.items()})
         hub_files.write(str(folder), [hub_id])
     return str(folder)
 
@@ -632,3 +633,431 @@ def test_every_answer_and_every_number(profile, asked, start_run, clip_run, ask,
         assert line(text, "GQA ").startswith("GQA accuracy 6 100.0 [100.0, 100.0]")  # no chance
     assert "all numbers of the official scorers" in page and "MME perception" in page and "official" not in printed
     assert sorted(os.listdir(out)) == sorted([*BENCHMARKS, "report.html", "results.json", "results.md", "settings.json"]) and not glob.glob(f"{out}.*")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_all_sets_with_a_real_run(profile, asked, start_run, ask, tmp_path):
+    """What the model itself writes, of three rows of each; --blind false asks once; the limit is said"""
+    out, model = tmp_path / "out", MLLM.load(start_run).eval()
+    printed = ask(start_run, "--benchmarks", "all", "--profile", profile, "--limit", 3, "--seed", 4, "--max_new_tokens", 3, "--blind", "false", "--out", out)
+    for name in BENCHMARKS:
+        questions, lines = asked[name, profile], saved(out, name, "start")
+        records = benchmarks.draw(questions.records, 3, 4)
+        assert [line["row"] for line in lines] == [record["row"] for record in records] and len(lines) >= 3
+        for record, line in zip(records[:1], lines):
+            assert model.generate([questions.picture(record)], [record["question"]], 3) == [line["prediction"]]
+            assert (line["score"], line["understood"]) == BENCHMARKS[name].read(record, line["prediction"], profile)
+        assert all(line[key] is None for line in lines for key in ("blind", "blind_score", "blind_understood", "choice", "restricted"))
+    assert len({line["prediction"] for name in BENCHMARKS for line in saved(out, name, "start")}) > 20
+    texts = [printed, *(open(out / name).read() for name in ("results.md", "report.html"))]
+    assert all("about 3 random rows of each, seed 4" in text and "start, blind" not in text and "difference to" not in text for text in texts)
+    assert set(results(out)["table"]["start"]["mmvp"]) & {"blind_score", "score"} == {"score"}
+    assert "No answer flipped" in texts[2] and results(out)["args"]["limit"] == 3
+
+
+def test_a_part_of_a_group_has_no_average(asked, start_run, ask, tmp_path):
+    printed = ask(start_run, "--benchmarks", "vision", "mme", "--max_new_tokens", 1, "--blind", "false", "--out", tmp_path / "out")
+    assert list(results(tmp_path / "out")["averages"]["start"]) == ["vision"] and "average, vision" in printed and "overall" not in printed
+
+
+def test_logprob(asked, start_run, clip_run, ask, tmp_path):
+    """The option that the model would rather write, read by the slow path; where there are none, what it writes"""
+    out, names = tmp_path / "out", ["mmvp", "pope", "chartqa", "mmmu", "naturalbench"]
+    printed = ask(start_run, clip_run, "--benchmarks", *names, "--score", "logprob", "--batch_size", 4, "--max_new_tokens", 2, "--out", out)
+    model, chosen = MLLM.load(start_run).eval(), set()
+    for name in names:
+        for record, line in zip(asked[name, "paper"].records, saved(out, name, "start")):
+            if record["options"] is None:
+                assert line["measure"] == "decoded" and line["choice"] is None is line["restricted"]
+                assert (line["score"], line["understood"]) == BENCHMARKS[name].read(record, line["prediction"], "paper")
+                continue
+            assert line["measure"] == "restricted" and line["prediction"] is None is line["decoded"] and line["understood"] == line["choice"]
+            assert line["score"] == line["restricted"] == float(line["choice"].lower() == record["gold"].lower())
+            assert line["blind_score"] == float(line["blind"].lower() == record["gold"].lower()) and line["blind_understood"] == line["blind"]
+            if int(record["row"]) < 3:
+                picture = asked[name, "paper"].picture(record)
+                for image, choice in ((picture, line["choice"]), (Image.new("RGB", picture.size, (128, 128, 128)), line["blind"])):
+                    logps = {option: model.logps([image], [record["question"]], [option]).item() for option in record["options"]}
+                    assert choice == max(logps, key=logps.get)
+                chosen.add((line["choice"], line["blind"]))
+    assert len(chosen) > 3
+    cells = results(out)["table"]["start"]
+    assert [cells[name]["measure"] for name in names] == ["restricted", "restricted", "decoded", "decoded/restricted", "restricted"]
+    for text in (printed, open(out / "results.md").read(), open(out / "report.html").read()):
+        assert "logprob: the likeliest option is scored, which is easier than what is written" in text and "F1, logprob" in text
+        assert "relaxed accuracy, logprob" not in text and "accuracy, logprob" in text
+    lines = [{**line, "prediction": line["choice"]} for line in saved(out, "pope", "start")]
+    assert cells["pope"]["scorer"] == pytest.approx(metrics.pope_score(lines, "paper"))
+    assert cells["pope"]["score"][0] == pytest.approx(cells["pope"]["scorer"]["f1"])
+    lines = [{**line, "prediction": line["blind"]} for line in saved(out, "pope", "start")]
+    assert cells["pope"]["blind_score"][0] == pytest.approx(metrics.pope_score(lines, "paper")["f1"])
+
+
+# ---- stopped and gone on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What was really asked of which kind of encoder, a question each; heard.stop: the number of the call that Ctrl-C interrupts"""
+    heard, real = SimpleNamespace(questions=[], calls=0, stop=None), MLLM.generate
+
+    def generate(self, images, questions, *more, **named):
+        heard.calls += 1
+        if heard.calls == heard.stop:
+            raise KeyboardInterrupt
+        answers = real(self, images, questions, *more, **named)
+        heard.questions += [(self.vision.config.model_type, question, image.tobytes()) for image, question in zip(images, questions)]
+        return answers
+    monkeypatch.setattr(MLLM, "generate", generate)
+    return heard
+
+
+QUICK = ("--blind", "false", "--batch_size", 4, "--max_new_tokens", 3)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+def test_a_stopped_run_goes_on(stop, start_run, clip_run, ask, heard, tmp_path):
+    """Wherever it was stopped, in the end all is as if it never was; nothing is asked twice but a line that was cut off"""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = (start_run, clip_run, "--benchmarks", "mmvp", "pope", *QUICK, "--gallery", 0)
+    ask(*arguments, "--out", whole)
+    every, heard.questions, heard.calls, heard.stop = heard.questions, [], 0, stop
+    with pytest.raises(KeyboardInterrupt):
+        ask(*arguments, "--out", out)
+    assert not out.exists() and heard.calls == stop
+    written = sorted((tmp_path / "out.tmp").glob("*/*.jsonl"), key=os.path.getmtime)
+    cut = [path for path in written if path.stat().st_size]
+    assert len(heard.questions) == sum(len(path.read_text().splitlines()) for path in cut) == min(len(every), [0, 4, 6, 10, 14, 15, 19, 21, 25, 29][stop - 1])
+    if cut:
+        text = cut[-1].read_text()
+        cut[-1].write_text(text[:-20] if stop == 7 else text + text[:30])
+    heard.stop = None
+    ask(*arguments, "--out", out, "--resume")
+    assert (Counter(heard.questions) - Counter(every)).total() == (stop == 7) and not Counter(every) - Counter(heard.questions)
+    same = lambda folder: {path: text for path, text in contents(folder).items() if path.endswith((".jsonl", ".md"))}
+    assert same(out) == same(whole) and not (tmp_path / "out.tmp").exists()
+    assert results(out)["table"] == results(whole)["table"]
+
+
+def test_what_is_new_is_answered_and_nothing_else(start_run, clip_run, ask, heard, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    ask(start_run, "--benchmarks", "mmvp", *QUICK, "--out", out)
+    before, heard.questions = contents(out)["mmvp/start.jsonl"], []
+    ask(start_run, clip_run, "--benchmarks", "mmvp", "gqa", *QUICK, "--out", out, "--resume")
+    assert contents(out)["mmvp/start.jsonl"] == before
+    assert Counter(kind for kind, *_ in heard.questions) == {"siglip_vision_model": 6, "clip_vision_model": 12}
+    assert all(question.endswith(hub_files.SHORT) for kind, question, _ in heard.questions if kind == "siglip_vision_model")  # GQA's
+    heard.questions = []
+    ask(start_run, clip_run, "--benchmarks", "mmvp", "gqa", *QUICK, "--out", out, "--resume", "--gallery", 1)
+    assert heard.questions == []
+    ask(start_run, clip_run, "--benchmarks", "mmvp", "gqa", *QUICK, "--out", whole)
+    assert results(whole)["table"] == results(out)["table"]
+    ask(start_run, "--benchmarks", "gqa", *QUICK, "--out", out, "--resume")  # fewer: the others stay for another time
+    assert list(results(out)["table"]) == ["start"] and list(results(out)["table"]["start"]) == ["gqa"] and (out / "mmvp/clip.jsonl").exists()
+
+
+def test_another_run_is_not_gone_on_with(start_run, clip_run, ask, hub, heard, tmp_path):
+    """Other settings, weights or data are refused, by name, and nothing is changed by it"""
+    run, out, folder = str(tmp_path / "start"), tmp_path / "out", str(tmp_path / "hub")
+    shutil.copytree(start_run, run)
+    shutil.copytree(os.path.join(hub, "lmms-lab-eval"), os.path.join(folder, "lmms-lab-eval"))
+    arguments = (run, "--benchmarks", "mmvp", *QUICK, "--out", out)
+    ask(*arguments, copies=folder)
+    before, heard.questions = contents(out), []
+    for flag, value in (("profile", "lmms"), ("limit", 4), ("score", "logprob"), ("blind", "true"), ("max_new_tokens", 4), ("reader", clip_run), ("seed", 1)):
+        refused(lambda: ask(*arguments, f"--{flag}", value, "--resume", copies=folder), f"--{flag} ", str(out), str(value).replace("true", "True"))
+    refused(lambda: ask(run, *QUICK, "--out", out, "--data", "scenes/test/vqa", "--n", 2, "--resume", copies=None), "--resume", str(out))
+    refused(lambda: ask(*arguments, copies=folder), "--out", str(out), "exists already")
+    put_changed(folder, "mmvp", lambda rows: rows[3].update(Question="Is the dog asleep?"))
+    refused(lambda: ask(*arguments, "--resume", copies=folder), "mmvp is not what it was")
+    put_changed(folder, "mmvp", lambda rows: rows[3].update(image=rows[2]["image"]))
+    refused(lambda: ask(*arguments, "--resume", copies=folder), "mmvp is not what it was")
+    put_changed(folder, "mmvp", lambda rows: rows[3].update({"Correct Answer": "(b)"}))
+    refused(lambda: ask(*arguments, "--resume", copies=folder), "mmvp is not what it was")
+    put_changed(folder, "mmvp", lambda rows: None)
+    path = os.path.join(run, "connector.safetensors")
+    weights = bytearray(open(path, "rb").read())
+    weights[-1] ^= 1
+    open(path, "wb").write(weights)
+    refused(lambda: ask(*arguments, "--resume", copies=folder), "start is not what it was")
+    assert contents(out) == before and not (tmp_path / "out.tmp").exists() and heard.questions == []
+    for_other = tmp_path / "other"
+    for_other.mkdir()
+    (for_other / "precious.txt").write_text("mine")
+    refused(lambda: ask(run, "--benchmarks", "mmvp", *QUICK, "--out", for_other, "--resume"), "--resume", str(for_other))
+    assert (for_other / "precious.txt").read_text() == "mine"
+
+
+def test_own_data_with_an_answer_corrected(start_run, ask, tmp_path):
+    """A corrected answer is not gone on with: saved scores are those of the old one"""
+    for i in range(3):
+        Image.new("RGB", (24, 24), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": "what color is it?", "answer": answer} for i, answer in enumerate(("red", "blue", "rde"))]
+    write = lambda: (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write()
+    arguments = (start_run, "--data", tmp_path / "my.jsonl", *QUICK, "--out", tmp_path / "out")
+    ask(*arguments, copies=None)
+    assert [line["gold"] for line in saved(tmp_path / "out", "", "start")] == ["red", "blue", "rde"]
+    ask(*arguments, "--resume", copies=None)
+    rows[2]["answer"] = "red"
+    write()
+    refused(lambda: ask(*arguments, "--resume", copies=None), "my.jsonl is not what it was")
+
+
+def test_two_processes_answer_as_one(start_run, ask, hub, tmp_path):
+    """torchrun: the same files, byte by byte"""
+    arguments = [start_run, "--benchmarks", "mmvp", "gqa", "--batch_size", 2, "--max_new_tokens", 3]
+    ask(*arguments, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", eval_vqa.__file__, *arguments, "--copies", hub]
+    done = subprocess.run([*map(str, command), "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1 == done.stdout.count("accuracy of pairs")
+    one, two = ({path: text for path, text in contents(tmp_path / name).items() if path.endswith(".jsonl")} for name in ("one", "two"))
+    assert one == two and sorted(two) == ["gqa/start.jsonl", "mmvp/start.jsonl"]
+
+
+def test_what_several_processes_left_is_gone_on_with(start_run, ask, hub, heard, tmp_path):
+    """A stopped torchrun leaves a file of each process; one alone can go on"""
+    arguments = (start_run, "--benchmarks", "gqa", *QUICK)
+    ask(*arguments, "--out", tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "out.tmp")
+    lines = (tmp_path / "out.tmp/gqa/start.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("", lines[:1]), (".rank0", lines[1:2]), (".rank1", lines[4:] + [lines[2][:50]])):
+        (tmp_path / f"out.tmp/gqa/start.jsonl{name}").write_text("".join(part))
+    heard.questions = []
+    ask(*arguments, "--out", tmp_path / "out", "--resume")
+    assert len(heard.questions) == 2 and (tmp_path / "out/gqa/start.jsonl").read_text() == "".join(lines)
+    assert sorted(os.listdir(tmp_path / "out/gqa")) == ["start.jsonl"]
+
+
+def test_the_share_of_a_process(asked, tmp_path):
+    """Each batch is asked by one process, in a file of its own; the first is the longest, and questions about a picture stay together"""
+    asked_of = {}
+
+    def answerer(rank):
+        def generate(images, questions, tokens):
+            asked_of.setdefault(rank, []).append(questions)
+            return ["no"] * len(questions)
+        return SimpleNamespace(generate=generate)
+    args = SimpleNamespace(batch_size=2, folder=str(tmp_path), score="decoded", blind=False, max_new_tokens=None, profile="paper")
+    questions, path = asked["pope", "paper"], str(tmp_path / "a.jsonl")
+    eval_vqa.gather(questions.records, path)
+    for rank in range(3):
+        eval_vqa.answer_all(lambda: answerer(rank), questions, path, args, rank, 3)
+    assert {rank: len(batches) for rank, batches in asked_of.items()} == {0: 2, 1: 2, 2: 1} and os.path.getsize(path) == 0
+    assert sorted(sum(sum(asked_of.values(), []), [])) == sorted(record["question"] for record in questions.records)
+    lines, dropped = eval_vqa.gather(questions.records, path)
+    assert [line["row"] for line in lines] == list("012345678") and dropped == [] and os.listdir(tmp_path) == ["a.jsonl"]
+    for size in (1, 4, 100):
+        batches = eval_vqa.in_batches(questions.records, size)
+        line = [record for batch in batches for record in batch]
+        assert {len(batch) for batch in batches[:-1]} <= {size} and sorted(record["row"] for record in line) == list("012345678")
+        assert len(list(itertools.groupby(line, key=lambda record: record["shared"]))) == 2
+        assert max(len(record["question"]) for record in line) in [len(record["question"]) for record in line[:6]]
+
+
+# ---- models of transformers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(start_run, tmp_path_factory):
+    """The first run as a LLaVA folder"""
+    folder = str(tmp_path_factory.mktemp("exports") / "llava")
+    artefacts.export(start_run, folder)
+    return folder
+
+
+@pytest.mark.parametrize("score", ["decoded", "logprob"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_an_export_behind_hf_answers_as_its_run(profile, score, start_run, exported, ask, tmp_path):
+    """All fields of all lines: through transformers' own processor, template and generation"""
+    names = ["mmvp", "mmmu", "gqa", "pope"]
+    ask(start_run, "--hf", exported, "--benchmarks", *names, "--profile", profile, "--score", score, "--batch_size", 6, "--max_new_tokens", 5,
+        "--limit", 5, "--gallery", 2, "--out", tmp_path / "out")
+    said = set()
+    for name in names:
+        ours, theirs = saved(tmp_path / "out", name, "start"), saved(tmp_path / "out", name, "llava")
+        assert ours == theirs and len(ours) >= 5
+        said |= {line["prediction"] or line["choice"] for line in ours}
+    assert len(said) > 3
+    assert results(tmp_path / "out")["table"]["llava"]["gqa"]["score_vs_first"] == [0, 0, 0]
+
+
+def test_an_export_behind_hf_answers_own_data_as_its_run(start_run, exported, ask, tmp_path):
+    ask(start_run, "--hf", exported, "--data", "scenes/test/vqa", "--n", 24, "--max_new_tokens", 5, "--out", tmp_path / "out", copies=None)
+    ours, theirs = saved(tmp_path / "out", "", "start"), saved(tmp_path / "out", "", "llava")
+    assert ours == theirs and len(ours) == 24 and {type(line["choice"]) for line in ours} == {str, type(None)}
+
+
+def test_log_probabilities_of_a_hub_model(start_run, exported, asked):
+    """Options of different lengths, padded; with and without a BOS"""
+    run, hub = answerers.Run(start_run, torch.device("cpu")), answerers.HubModel(exported, torch.device("cpu"))
+    questions = asked["seed", "paper"]
+    images, texts = [questions.picture(record) for record in questions.records[:3]], [record["question"] for record in questions.records[:3]]
+    options = [["A", "a much longer option", ""], ["yes"], ["On the wall", "C"]]
+    ours, theirs = run.option_logps(images, texts, options, 2), hub.option_logps(images, texts, options)
+    assert [len(each) for each in theirs] == [3, 1, 2]
+    for mine, its in zip(ours, theirs):
+        assert its == pytest.approx(mine, abs=2e-4)
+    assert hub.map(images[0], texts[0], "A") is None
+
+
+def test_what_is_no_model_of_transformers(start_run, exported, tmp_path, ask):
+    bare = str(tmp_path / "bare")
+    shutil.copytree(exported, bare)
+    for name in glob.glob(bare + "/*template*"):
+        os.remove(name)
+    with open(bare + "/tokenizer_config.json") as file:
+        config = json.load(file)
+    config.pop("chat_template", None)
+    with open(bare + "/tokenizer_config.json", "w") as file:
+        json.dump(config, file)
+    arguments = ("--benchmarks", "mmvp", "--out", tmp_path / "out")
+    refused(lambda: ask("--hf", bare, *arguments), bare, "no chat template")
+    refused(lambda: ask(exported, *arguments), exported, "is not a run directory", "--hf")
+    refused(lambda: ask("--hf", start_run, *arguments), start_run, "run directory")
+    refused(lambda: ask(str(tmp_path / "nothing"), *arguments), "nothing is not a run directory")
+    refused(lambda: ask("--hf", str(tmp_path / "nothing"), *arguments), "nothing", "cannot be opened")
+    refused(lambda: ask(*arguments), "--hf")
+    refused(lambda: ask(start_run, "--benchmarks", "mmvp"), "--out is needed")
+
+
+# ---- what cannot be used -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_known(ask, start_run, tmp_path):
+    refused(lambda: ask(start_run, "--benchmarks", "gqa", "mmvpp", "--out", tmp_path / "out"), "mmvpp is not known", "did you mean mmvp?", "docvqa")
+    refused(lambda: eval_vqa.benchmark_names(["xqzzkw"]), "xqzzkw is not known", "vision")
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_set_that_is_not_there(tmp_path):
+    refused(lambda: benchmarks.Questions(BENCHMARKS["mme"], "paper"), "MME cannot be opened", "lmms-lab-encoder/MME", "lmms-lab/MME", "--copies DIR")
+    refused(lambda: benchmarks.Questions(BENCHMARKS["mmvp"], "paper", str(tmp_path)), "MMVP cannot be opened", "lmms-lab-eval/MMVP")
+
+
+def test_sets_of_another_form(tmp_path, hub):
+    change = {"column": lambda rows: rows.remove_columns("Options"), "picture": lambda rows: rows.remove_columns("image")}
+    for what, word in (("column", "no column Options; it has: Index, "), ("picture", "no column image; it has: Index, ")):
+        rows = change[what](made("lmms-lab-eval/MMVP")["default", "train"])
+        put(tmp_path / what, "lmms-lab-eval/MMVP", {("default", "train"): (rows.to_list(), rows)})
+        refused(lambda: benchmarks.Questions(BENCHMARKS["mmvp"], "paper", str(tmp_path / what)), "lmms-lab-eval/MMVP has " + word)
+    like, rows = stored_rows(*SOURCE["mmvp"])
+    put(tmp_path / "split", "lmms-lab-eval/MMVP", {("default", "test"): (rows, like)})
+    refused(lambda: benchmarks.Questions(BENCHMARKS["mmvp"], "paper", str(tmp_path / "split")), "MMVP cannot be opened", "train", "test")
+    like, rows = stored_rows(*SOURCE["cvbench2d"])
+    put(tmp_path / "config", "nyu-visionx/CV-Bench", {("2D", "test"): (rows, like)})
+    refused(lambda: benchmarks.Questions(BENCHMARKS["cvbench3d"], "paper", str(tmp_path / "config")), "CV-Bench 3D cannot be opened", "3D", "2D")
+    folder = tmp_path / "script/lmms-lab-eval/MMVP"
+    os.makedirs(folder)
+    (folder / "MMVP.py").write_text("raise SystemExit('was run')\n")
+    refused(lambda: benchmarks.Questions(BENCHMARKS["mmvp"], "paper", str(tmp_path / "script")), "DIR/lmms-lab-eval/MMVP", "program", "--copies")
+
+
+def test_gqa_without_its_pictures(tmp_path):
+    like, rows = stored_rows(*SOURCE["gqa"])
+    put(tmp_path, "lmms-lab-encoder/GQA", {SOURCE["gqa"][1:]: (rows, like)})
+    refused(lambda: benchmarks.Questions(BENCHMARKS["gqa"], "paper", str(tmp_path)), "GQA cannot be opened", "testdev_balanced_images")
+
+
+def test_rows_that_are_malformed(tmp_path):
+    """Named and counted; half a pair goes with its other half"""
+    def mmmu(rows):
+        rows[0]["options"], rows[2]["options"], rows[3]["options"], rows[4]["answer"] = "not a list", "['unclosed", "5", "[1, 2"
+    questions = benchmarks.Questions(BENCHMARKS["mmmu"], "paper", put_changed(tmp_path, "mmmu", mmmu))
+    assert [record["row"] for record in questions.records] == list("156") and [text.split(" is not")[0] for text in questions.dropped] == [
+        f"MMMU row {row}" for row in (0, 2, 3, 4)] and all("\n" not in text and "(" in text for text in questions.dropped)
+    folder = put_changed(tmp_path, "mmvp", lambda rows: rows[1].update(Options=None))
+    questions = benchmarks.Questions(BENCHMARKS["mmvp"], "lmms", folder)
+    assert [record["row"] for record in questions.records] == list("2345") and len(questions.dropped) == 1 and "MMVP row 1 " in questions.dropped[0]
+    folder = put_changed(tmp_path, "gqa", lambda rows: rows[1].update(imageId="lost"))  # of the pictures there is no copy here
+    like, rows = stored_rows("lmms-lab-encoder/GQA", "testdev_balanced_images", "testdev")
+    changed = stored_rows(*SOURCE["gqa"])
+    changed[1][1]["imageId"] = "lost"
+    folder = put(tmp_path, "lmms-lab-encoder/GQA", {SOURCE["gqa"][1:]: changed[::-1], ("testdev_balanced_images", "testdev"): (rows, like)})
+    questions = benchmarks.Questions(BENCHMARKS["gqa"], "paper", folder)
+    assert [record["row"] for record in questions.records] == list("02345") and "GQA row 1 " in questions.dropped[0] and "lost" in questions.dropped[0]
+    folder = put_changed(tmp_path, "mathvista", lambda rows: rows[1].update(answer="none of the choices"))
+    assert "MathVista row 1 " in benchmarks.Questions(BENCHMARKS["mathvista"], "paper", folder).dropped[0]
+    folder = put_changed(tmp_path, "mmmu", lambda rows: [row.update(options="x") for row in rows] and None)
+    refused(lambda: benchmarks.Questions(BENCHMARKS["mmmu"], "paper", folder), "none of its rows can be used", "MMMU row 0")
+
+
+def test_a_set_without_rows(tmp_path):
+    like, _ = stored_rows(*SOURCE["mmvp"])
+    folder = put(tmp_path, "lmms-lab-eval/MMVP", {("default", "train"): ([], like)})
+    refused(lambda: benchmarks.Questions(BENCHMARKS["mmvp"], "paper", folder), "MMVP")
+
+
+def test_pictures_that_cannot_be_read(start_run, ask, heard, tmp_path):
+    """One is broken, one is missing: both rows are named, their pairs left out, and nobody is asked about them again"""
+    def change(rows):
+        rows[2]["image"] = {**rows[2]["image"], "bytes": b"this is no picture"}
+    folder, out = put_changed(tmp_path, "mmvp", change), tmp_path / "out"
+    put_changed(folder, "gqa", lambda rows: None)
+    put_changed(folder, "docvqa", lambda rows: rows[5].update(image=None))
+    arguments = (start_run, "--benchmarks", "mmvp", "docvqa", *QUICK, "--out", out)
+    printed = ask(*arguments, copies=folder)
+    assert len(heard.questions) == 5 + 5
+    lines, table = saved(out, "mmvp", "start"), results(out)["table"]["start"]
+    assert [line["row"] for line in lines] == list("012345") and sorted(lines[2]) == ["dropped", "row"]
+    assert table["mmvp"]["n"] == 4 and table["docvqa"]["n"] == 5
+    assert [text.split(":")[0] for text in table["mmvp"]["dropped"] + table["docvqa"]["dropped"]] == ["MMVP row 2", "DocVQA row 5"]
+    assert "cannot be read" in table["mmvp"]["dropped"][0] and "no picture" in table["docvqa"]["dropped"][0]
+    kept = [{**line} for line in lines if line["row"] in "0145"]
+    assert table["mmvp"]["score"][0] == metrics.mmvp_score(kept, "paper")["pair_accuracy"] and table["mmvp"]["scorer"]["accuracy"] == np.mean(
+        [line["score"] for line in kept])
+    assert re.search(r"MMVP +6 +1\b|MMVP .* 1$", printed, re.MULTILINE) and "unreadable pictures or rows" in printed
+    ask(*arguments, "--resume", copies=folder)
+    assert len(heard.questions) == 5 + 5 and results(out)["table"]["start"] == table
+
+
+def test_no_picture_can_be_read(start_run, ask, tmp_path):
+    folder = put_changed(tmp_path, "mmvp", lambda rows: [row.update(image={"bytes": b"x", "path": "x.png"}) for row in rows] and None)
+    refused(lambda: ask(start_run, "--benchmarks", "mmvp", *QUICK, "--out", tmp_path / "out", copies=folder), "lmms-lab-eval/MMVP", "not one picture",
+            "MMVP row 0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_is_a_path(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.write(hub_files.picture("somewhere else")["bytes"])
+    folder = put_changed(tmp_path, "mmvp", lambda rows: rows[0].update(image={"bytes": None, "path": str(tmp_path / "a.png")}))
+    questions = benchmarks.Questions(BENCHMARKS["mmvp"], "paper", folder)
+    assert questions.picture(questions.records[0]).tobytes() == upright(hub_files.picture("somewhere else")["bytes"])[2].tobytes()
+
+
+# ---- the page -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_maps_of_runs_and_none_of_hub_models(start_run, exported, clip_run, ask, monkeypatch, tmp_path, asked):
+    """A card's maps are of each model's own answer; what it chose stands where it wrote nothing"""
+    cards, write = [], eval_vqa.gallery.write
+    monkeypatch.setattr(eval_vqa.gallery, "write", lambda *args: (cards.extend(args[-1]), write(*args)))
+    ask(start_run, clip_run, "--hf", exported, "--benchmarks", "mmmu", "--score", "logprob", "--blind", "false", "--max_new_tokens", 3,
+        "--out", tmp_path / "out")
+    first, second = saved(tmp_path / "out", "mmmu", "start"), saved(tmp_path / "out", "mmmu", "clip")
+    flipped = [i for i, (a, b) in enumerate(zip(first, second)) if a["score"] != b["score"]]
+    assert flipped and [card.name for card in cards] == [f"row {i}" for i in flipped] and len(flipped) < 7
+    models = {"start": answerers.Run(start_run, torch.device("cpu")), "clip": answerers.Run(clip_run, torch.device("cpu"))}
+    for card, i in zip(cards, flipped):
+        assert [(answer.model, answer.text) for answer in card.answers] == [
+            ("start", first[i]["choice"]), ("clip", second[i]["choice"]), ("llava", first[i]["choice"])]
+        assert card.answers[2].map is None
+        for answer in card.answers[:2]:
+            assert np.allclose(answer.map, models[answer.model].map(card.image, card.question, answer.text))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (64, 32), (32, 64), (200, 40), (41, 30), (30, 90)])
+def test_the_map_of_a_cropped_picture_covers_the_picture(size, clip_run, start_run):
+    """CLIP sees the middle: there lies its map, and around it is nothing, so that cells stay square on the picture"""
+    run, rng = answerers.Run(clip_run, torch.device("cpu")), np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    found, inner = run.map(image, "what is it?", "a ring"), artefacts.answer_map(run.model, image, "what is it?", "a ring")
+    assert inner.shape == (3, 3) and inner.all()
+    cells = [side / (min(size) * 24 / 28 / 3) for side in size[::-1]]  # a cell is a third of the crop, which is 24 of 28 of the shorter side
+    assert all(abs(n - cell) <= 1 and (n - 3) % 2 == 0 for n, cell in zip(found.shape, cells))
+    top, left = ((n - 3) // 2 for n in found.shape)
+    assert np.allclose(found[top:top + 3, left:left + 3], inner) and np.count_nonzero(found) == 9
+    plain = answerers.Run(start_run, torch.device("cpu"))
+    assert plain.map(image, "what is it?", "a ring").shape == (3, 3)  # squashed: the whole picture

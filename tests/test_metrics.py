@@ -102,6 +102,10 @@ def test_relaxed_accuracy(prediction, target, paper, lmms):
     assert scores == (paper, lmms) and all(isinstance(score, float) for score in scores)
 
 
+def test_the_paper_is_the_default():
+    assert metrics.relaxed_accuracy("0.25", "25%") == 0 and metrics.option_letter("apple", FOUR) == "A"
+
+
 @pytest.mark.parametrize("prediction, target, expected", [
     ("95", "100", True), ("105", "100", True), ("100", "95", False), ("-95", "-100", True), ("0", "0", True), ("x", "1", False), ("1", "x", False),
     ("x", "x", False)])
@@ -124,7 +128,7 @@ def test_gqa(prediction, answer, expected):
 @pytest.mark.parametrize("kind", ["HME100k", "Handwritten Mathematical Expression Recognition"])
 @pytest.mark.parametrize("prediction, answers, expected", [
     ("x ^ 2\n+ 1", ["x^2+1"], True), ("x^2+1", ["x ^ 2 + 1"], True), ("= \\Delta", ["\\delta"], False), ("= \\Delta x", ["\\Delta"], True),
-    ("x", ["y", "x"], True), ("x", ["x y"], False)])
+    ("x", ["y", "x"], True), ("x", ["x y"], False), ("Ａ", ["A"], False)])
 def test_ocrbench_mathematics(prediction, answers, expected, kind):
     assert metrics.ocrbench_correct(prediction, answers, kind) is expected
 
