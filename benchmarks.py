@@ -53,6 +53,7 @@ class Benchmark(NamedTuple):
     score: Callable | None = None       # (rows with `prediction`, profile) -> dict: all numbers of the official scorer
     configs: list | None = None         # the configs that together are the benchmark
     pictures: tuple | None = None       # (config that holds the pictures, column of the row, its column)
+    same_picture: str | None = None     # column that is equal where pictures are; None: their files are compared
 
 
 # ---- from a row to a record ------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def gqa(row, profile):
 
 
 def pope(row, profile):
-    return {**gqa(row, profile), "options": {"Yes": "yes", "No": "no"}}
+    return {**gqa(row, profile), "gold": row["answer"].lower().strip(), "options": {"Yes": "yes", "No": "no"}}
 
 
 def vqav2(row, profile):
@@ -244,24 +245,16 @@ def okvqa(row, profile):
 # ---- reading answers -------------------------------------------------------------------------------------------------
 
 
-def letters(row, prediction, profile):
-    letter = metrics.option_letter(prediction, row["options"], profile)
-    return float(letter == row["gold"]), letter
-
-
-def letters_of(task):
-    """Like `letters`, but with lmms-eval's own patterns for this task"""
+def letter_by(rule):
+    """The letter by Cambrian's rule, or by lmms-eval's for this task: (prediction, options) -> letter"""
     def read(row, prediction, profile):
-        letter = metrics.option_letter(prediction, row["options"], profile) if profile == "paper" else \
-            metrics.pattern_letter(prediction, row["options"], task)
+        letter = (metrics.option_letter if profile == "paper" else rule)(prediction, row["options"])
         return float(letter == row["gold"]), letter
     return read
 
 
-def read_mmbench(row, prediction, profile):
-    letter = metrics.option_letter(prediction, row["options"], profile) if profile == "paper" else \
-        metrics.mmbench_letter(prediction, row["options"])
-    return float(letter == row["gold"]), letter
+letters_of = lambda task: letter_by(lambda prediction, options: metrics.pattern_letter(prediction, options, task))
+letters, read_mmbench = letter_by(metrics.mmmu_choice), letter_by(metrics.mmbench_letter)
 
 
 def read_mme(row, prediction, profile):
@@ -308,15 +301,16 @@ def read_mathvista(row, prediction, profile):
 
 def read_mmvp(row, prediction, profile):
     right = metrics.mmvp_right({**row, "prediction": prediction}, profile)
-    others = ("A", "B")[row["gold"] == "A"]
-    other = metrics.mmvp_right({**row, "prediction": prediction, "Correct Answer": f"({others})"}, profile)
-    return float(right), row["gold"] if right else others if other else None
+    wrong = "B" if row["gold"] == "A" else "A"
+    says_wrong = metrics.mmvp_right({**row, "prediction": prediction, "Correct Answer": f"({wrong})"}, profile)
+    return float(right), row["gold"] if right else wrong if says_wrong else None
 
 
 def read_realworldqa(row, prediction, profile):
     """The first word (Cambrian, which stops at an empty answer; wrong here); a letter or the whole (lmms-eval)"""
-    if profile == "lmms" and row["gold"] in "ABCD":
-        return letters_of("realworldqa")({**row, "options": "ABCD"}, prediction, profile)
+    if profile == "lmms" and row["gold"] in list("ABCD"):
+        letter = metrics.pattern_letter(prediction, "ABCD", "realworldqa")
+        return float(letter == row["gold"]), letter
     said = prediction.lower().strip().rstrip(".")
     if profile == "paper":
         said = (metrics.after_answer_is(prediction).rstrip(".").split() or [""])[0]
@@ -333,17 +327,17 @@ def read_hallusionbench(row, prediction, profile):
     return float((said or "no") == row["gold"]), said  # what is neither counts as a no, and as not understood
 
 
-def text(measure):
-    """An answer that is compared as a text: (prediction, gold, row, profile) -> how right"""
+def as_text(measure):
+    """The reader of an answer that is compared as a text; measure: (prediction, gold, row, profile) -> how right"""
     return lambda row, prediction, profile: (float(measure(prediction, row["gold"], row, profile)), prediction or None)
 
 
-read_gqa = text(lambda said, gold, row, profile: metrics.gqa_correct(said, gold) if profile == "lmms" else
+read_gqa = as_text(lambda said, gold, row, profile: metrics.gqa_correct(said, gold) if profile == "lmms" else
                 said.lower().rstrip(".") == gold.lower())
-read_chartqa = text(lambda said, gold, row, profile: metrics.relaxed_accuracy(said, gold, profile))
-read_ocrbench = text(lambda said, gold, row, profile: metrics.ocrbench_correct(said, gold, row["question_type"]))
-read_docvqa = text(lambda said, gold, row, profile: metrics.anls(said, gold))
-read_vqa = text(lambda said, gold, row, profile: metrics.vqa_accuracy(said, gold))
+read_chartqa = as_text(lambda said, gold, row, profile: metrics.relaxed_accuracy(said, gold, profile))
+read_ocrbench = as_text(lambda said, gold, row, profile: metrics.ocrbench_correct(said, gold, row["question_type"]))
+read_docvqa = as_text(lambda said, gold, row, profile: metrics.anls(said, gold))
+read_vqa = as_text(lambda said, gold, row, profile: metrics.vqa_accuracy(said, gold))
 
 
 # ---- rows that count together ----------------------------------------------------------------------------------------
@@ -381,69 +375,38 @@ def open_split(hub_id, config, split, copies=None):
     path = os.path.join(copies, hub_id) if copies and os.path.isdir(os.path.join(copies, hub_id)) else hub_id
     try:
         builder = load_dataset_builder(path, config)
-        files = (builder.config.data_files or {}).get(split)
+        files = builder.config.data_files
         if not files:  # a cached copy knows its splits only
             return load_dataset(path, config, split=split)
-        return load_dataset(builder.name, data_files={split: list(files)}, split=split, features=builder.info.features)
+        if split not in files:
+            raise ValueError(f"it has no split {split}, but {', '.join(map(str, files))}")
+        return load_dataset(builder.name, data_files={split: list(files[split])}, split=split,
+                            features=builder.info.features)
     except Exception as error:  # each failure of the hub has its own type
         why = error.__cause__ if isinstance(error, exceptions.DatasetGenerationError) else error
         reason = f"{hub_id}: {first_line(why)}"
-        if "script" in reason:
+        if "scripts are no longer supported" in reason:
             reason += " (it still comes as a program, which datasets no longer runs: put parquet files of it into " \
                       f"DIR/{hub_id} and name DIR by --copies, or another copy into the table)"
-        elif "gated" in reason.lower() or "401" in reason or "403" in reason:
+        elif re.search(r"gated|\b40[13]\b", reason, re.IGNORECASE):
             reason += " (accept its terms on its page, then: hf auth login)"
         raise InputError(reason) from error
+
+
+UNUSED = ("answers", "ocr_tokens", "hint", "query", "prompt")  # needed for a record, not for its score
 
 
 class Questions:
     """The questions of a benchmark, pictures apart.
 
-    `records` is a list of dicts: a row's columns, its record, "row" (its name), "unit". `skipped` counts reasons,
-    `dropped` names rows that cannot be used. With `limit`, seeded random units of about so many rows."""
+    `records` is a list of dicts: a row's columns, its record, "row" (its name), "unit", "shared" (the same for rows
+    about the same picture). `skipped` counts reasons, `dropped` names rows that cannot be used. With `limit`, seeded
+    random units of about so many rows."""
 
     def __init__(self, benchmark, profile, copies=None, limit=None, seed=0):
-        self.benchmark, self.parts, self.skipped, self.dropped = benchmark, [], Counter(), []
-        ids, reasons = benchmark.ids[profile] if isinstance(benchmark.ids, dict) else benchmark.ids, []
-        for hub_id in ids:
-            hub_id, _, config = hub_id.partition(":")
-            try:
-                self.parts = [open_split(hub_id, each, benchmark.split, copies)
-                              for each in benchmark.configs or [config or None]]
-                self.shown = self.parts if not benchmark.pictures else \
-                    [open_split(hub_id, benchmark.pictures[0], benchmark.split, copies)]
-                self.source = hub_id
-                break
-            except InputError as error:
-                reasons.append(str(error))
-        if not self.parts:
-            raise InputError(f"{benchmark.title} cannot be opened: " + "; ".join(reasons) + ". If you have it on disk, "
-                             "--copies DIR reads DIR/ORG/NAME, as hf download --local-dir leaves it")
-        missing = [column for column in benchmark.columns.split(", ") if column not in self.parts[0].column_names]
-        if missing:
-            raise InputError(f"{self.source} has no column {', '.join(missing)}; "
-                             f"it has: {', '.join(self.parts[0].column_names)}")
-        self.undecoded = [rows.with_format("arrow") for rows in self.shown]
-        where = benchmark.pictures and {key: i for i, key in enumerate(self.shown[0][benchmark.pictures[2]])}
-        self.records, broken = [], set()
-        for part, rows in enumerate(self.parts):
-            for i, row in enumerate(self.texts(rows)):
-                name, unit = f"{benchmark.configs[part]} {i}" if benchmark.configs else str(i), None
-                try:
-                    unit = str(benchmark.unit(row)) if benchmark.unit else name
-                    record = {"picture": "image", **benchmark.record(row, profile)}
-                    place = (0, where[row[benchmark.pictures[1]]]) if where else (part, i)
-                except Skip as reason:
-                    self.skipped[str(reason)] += 1
-                except (*NOT_IN_FORM, ValueError, SyntaxError, StopIteration) as error:
-                    broken.add(unit)  # half a pair would count as a pair
-                    self.dropped.append(f"{benchmark.title} row {name} is not in the form of its columns "
-                                        f"({type(error).__name__}: {error})")
-                else:
-                    kept = {column: row[column] for column in benchmark.columns.split(", ")}
-                    self.records.append({**kept, **record, "row": name, "place": place, "unit": unit,
-                                         "stratum": benchmark.stratum(row, profile) if benchmark.stratum else ""})
-        self.records = [record for record in self.records if record["unit"] not in broken]
+        self.benchmark, self.skipped, self.dropped = benchmark, Counter(), []
+        self.open(benchmark.ids[profile] if isinstance(benchmark.ids, dict) else benchmark.ids, copies)
+        self.read(profile)
         if limit and limit < len(self.records):
             self.records = draw(self.records, limit, seed)
         if not self.records:
@@ -452,22 +415,73 @@ class Questions:
         if picture not in self.shown[0].column_names:
             raise InputError(f"{self.source} has no column {picture}; it has: {', '.join(self.shown[0].column_names)}")
         for record in tqdm(self.records, desc=f"{benchmark.title} pictures", delay=5):
-            stored = self.stored(record) or record["row"]
+            stored = str(record[benchmark.same_picture]) if benchmark.same_picture else \
+                self.stored(record) or record["row"]
             record["shared"] = hashlib.blake2b(stored if isinstance(stored, bytes) else stored.encode(),
                                                digest_size=8).hexdigest()
+
+    def open(self, ids, copies):
+        """`parts`: the rows of each config; `shown`: where their pictures are"""
+        benchmark, self.parts, reasons = self.benchmark, None, []
+        for hub_id in ids:
+            self.source, _, config = hub_id.partition(":")
+            try:
+                parts = [open_split(self.source, each, benchmark.split, copies)
+                         for each in benchmark.configs or [config or None]]
+                self.shown = parts if not benchmark.pictures else \
+                    [open_split(self.source, benchmark.pictures[0], benchmark.split, copies)]
+                self.parts = parts
+                break
+            except InputError as error:
+                reasons.append(str(error))
+        if not self.parts:
+            raise InputError(f"{benchmark.title} cannot be opened: " + "; ".join(reasons) + ". If you have it on disk, "
+                             "--copies DIR reads DIR/ORG/NAME, as hf download --local-dir leaves it")
+        self.undecoded = [rows.with_format("arrow") for rows in self.shown]
+        missing = [column for column in benchmark.columns.split(", ") if column not in self.parts[0].column_names]
+        if missing:
+            raise InputError(f"{self.source} has no column {', '.join(missing)}; "
+                             f"it has: {', '.join(self.parts[0].column_names)}")
+
+    def read(self, profile):
+        """`records`, of all rows that are questions about one picture"""
+        benchmark, self.records, broken = self.benchmark, [], {}
+        where = benchmark.pictures and {key: i for i, key in enumerate(self.shown[0][benchmark.pictures[2]])}
+        kept = [column for column in benchmark.columns.split(", ") if column not in UNUSED]
+        for part, rows in enumerate(self.parts):
+            for i, row in enumerate(self.texts(rows)):
+                name, unit = f"{benchmark.configs[part]} {i}" if benchmark.configs else str(i), None
+                try:
+                    unit = str(benchmark.unit(row)) if benchmark.unit else name
+                    record = {"picture": "image", **benchmark.record(row, profile)}
+                    if where and row[benchmark.pictures[1]] not in where:
+                        raise ValueError(f"there is no picture {row[benchmark.pictures[1]]}")
+                except Skip as reason:
+                    self.skipped[str(reason)] += 1
+                except (*NOT_IN_FORM, ValueError, SyntaxError, StopIteration) as error:
+                    broken[unit] = f"{benchmark.title} row {name}"
+                    self.dropped.append(f"{broken[unit]} cannot be used ({type(error).__name__}: {error})")
+                else:
+                    self.records.append({**{column: row[column] for column in kept}, **record, "row": name,
+                                         "unit": unit, "place": (0, where[row[benchmark.pictures[1]]]) if where
+                                         else (part, i),
+                                         "stratum": benchmark.stratum(row, profile) if benchmark.stratum else ""})
+        self.dropped += [f"{benchmark.title} row {record['row']} counts together with {broken[record['unit']]}"
+                         for record in self.records if record["unit"] in broken]  # half a pair would count as a pair
+        self.records = [record for record in self.records if record["unit"] not in broken]
 
     @staticmethod
     def texts(rows):
         """Rows as dicts, with a picture's column saying how many pictures there are; none is read or decoded"""
         import pyarrow.compute as compute
         from datasets import Image
-        features, columns = rows.features, {}
-        pictures = [name for name, feature in features.items()
-                    if isinstance(getattr(feature, "feature", feature), Image)]
+        is_picture = lambda feature: isinstance(feature, Image) or \
+            isinstance(feature, dict) and set(feature) == {"bytes", "path"}  # as it is stored
+        pictures = [name for name, feature in rows.features.items() if is_picture(getattr(feature, "feature", feature))]
         for part in rows.with_format("arrow").iter(1000):
             columns = {name: part[name].to_pylist() for name in part.column_names if name not in pictures}
             for name in pictures:
-                counts = compute.is_valid(part[name]) if isinstance(features[name], Image) else \
+                counts = compute.is_valid(part[name]) if is_picture(rows.features[name]) else \
                     compute.fill_null(compute.list_value_length(part[name]), 0)
                 columns[name] = [int(n) for n in counts.to_pylist()]
             yield from (dict(zip(columns, values)) for values in zip(*columns.values()))

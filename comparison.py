@@ -36,12 +36,15 @@ def sums(benchmark, lines, values):
     return parts, wholes
 
 
+def number(parts, wholes, rows=slice(None)):
+    """The number of some clusters, all by default"""
+    part, whole = parts[rows].sum(0), wholes[rows].sum(0)
+    return (part[whole > 0] / whole[whole > 0]).mean() if whole.any() else 0.0
+
+
 def numbers(parts, wholes, seed):
     """-> the number, and that of 1000 resamples of clusters"""
-    def number(rows=slice(None)):
-        part, whole = parts[rows].sum(0), wholes[rows].sum(0)
-        return (part[whole > 0] / whole[whole > 0]).mean() if whole.any() else 0.0
-    return number(), common.bootstrap(number, len(parts), seed)
+    return number(parts, wholes), common.bootstrap(lambda rows: number(parts, wholes, rows), len(parts), seed)
 
 
 def interval(value, draws):
@@ -52,12 +55,13 @@ def interval(value, draws):
 def chance(benchmark, lines):
     """What guessing among the options is worth, by the benchmark's own rule"""
     guess = [1 / len(line["options"]) if line["options"] else 0.0 for line in lines]
-    return float(numbers(*sums(benchmark, [{**line, "understood": ""} for line in lines], guess), 0)[0])
+    return float(number(*sums(benchmark, [{**line, "understood": ""} for line in lines], guess)))
 
 
 def estimate(benchmark, lines, measures, seed):
     """{run: its lines, about the same rows} -> {run: {measure: [value, low, high], measure_vs_first: the same of the
-    difference to the first run, "n": rows, "gained", "lost": rows that it gets right, or wrong, unlike the first}}"""
+    difference to the first run, n_measure: rows that have it, "n": rows, "gained", "lost": rows that it gets right, or
+    wrong, unlike the first}}"""
     first, table, drawn = next(iter(lines)), {}, {}
     for run, rows in lines.items():
         table[run] = {"n": len(rows)}
@@ -68,7 +72,7 @@ def estimate(benchmark, lines, measures, seed):
             if measure == "blind_score":
                 usable = [{**row, "understood": row["blind_understood"]} for row in usable]
             drawn[run, measure] = numbers(*sums(benchmark, usable, [row[measure] for row in usable]), seed)
-            table[run][measure] = interval(*drawn[run, measure])
+            table[run][measure], table[run][f"n_{measure}"] = interval(*drawn[run, measure]), len(usable)
             table[run][measure + "_vs_first"] = interval(*(
                 mine - its for mine, its in zip(drawn[run, measure], drawn[first, measure])))
         changes = flips(lines[first], rows)
@@ -86,7 +90,7 @@ def own_groups(lines):
     found = {"all": list(range(len(lines)))}
     for i, line in enumerate(lines):
         for name in dict.fromkeys((line["category"], line["kind"])):
-            if name is not None:
+            if name not in (None, "all"):
                 found.setdefault(name, []).append(i)
     return found
 
@@ -109,12 +113,12 @@ def compare_benchmarks(sets, lines, dropped, args):
     understood, which rows are not in it, and all numbers of the official scorer}}"""
     table = {run: {} for run in next(iter(lines.values()))}
     for name, questions in sets.items():
-        benchmark = questions.benchmark
+        benchmark, guess = questions.benchmark, chance(questions.benchmark, next(iter(lines[name].values())))
         for run, cell in estimate(benchmark, lines[name], ("score", "blind_score"), args.seed).items():
             rows = lines[name][run]
             table[run][name] = cell | {
-                "chance": chance(benchmark, rows), "metric": benchmark.metric, "scale": benchmark.scale,
-                "measure": "/".join(sorted({row["measure"] for row in rows})), "source": questions.source,
+                "chance": guess, "metric": benchmark.metric, "scale": benchmark.scale, "source": questions.source,
+                "n_logprob": sum(row["decoded"] is None for row in rows),
                 "not_understood": sum(row["understood"] is None for row in rows),
                 "skipped": dict(questions.skipped), "dropped": questions.dropped + dropped[name]}
             if benchmark.score:
@@ -146,7 +150,8 @@ def own_tables(table, args):
     for measure in OWN_MEASURES:
         groups = [g for g in table[first] if measure in table[first][g]]
         if groups:
-            tables.append((f"{measure}, % right [95 % interval over {table[first]['all']['n']} " + "random " *
+            title = "restricted, grey picture" if measure == "blind_score" else measure
+            tables.append((f"{title}, % right [95 % interval over {table[first]['all']['n_' + measure]} " + "random " *
                            bool(args.limit) + f"questions of {args.data}]",
                            ["questions", *groups],
                            [[run, *(shown(table[run][g][measure]) for g in groups)] for run in table]))
@@ -164,12 +169,13 @@ def benchmark_tables(table, sets, groups, args):
     first, titles = next(iter(table)), [questions.benchmark.title for questions in sets.values()]
     rows, means = table[first].values(), {run: averages(table[run], groups) for run in table}
     blank, number = [""] * len(means[first]), lambda row, measure: shown(row[measure], row["scale"])
-    title = f"profile {args.profile} [95 % interval over pictures]"
+    title = f"profile {args.profile} [95 % interval over pictures, or what counts together]"
     if args.limit:
         title += f"; about {args.limit} random rows of each, seed {args.seed}"
     if args.score == "logprob":
         title += "; logprob: the likeliest option is scored, which is easier than what is written"
-    lines = [["metric", *(row["metric"] + ", logprob" * ("restricted" in row["measure"]) for row in rows), *blank],
+    lines = [["metric", *(row["metric"] + (", logprob" if row["n_logprob"] == row["n"] else ", partly logprob") *
+                          bool(row["n_logprob"]) for row in rows), *blank],
              ["rows", *(str(row["n"]) for row in rows), *blank],
              ["chance", *(f"{row['chance'] * row['scale']:.1f}" if row["chance"] else "" for row in rows), *blank]]
     for run, cells in table.items():
@@ -191,13 +197,13 @@ def benchmark_tables(table, sets, groups, args):
                       ["benchmark", *titles], lines)]
 
 
-def scorer_table(table, sets):
-    """-> (title, heads, lines): everything that the official scorers say, as they say it"""
-    first = next(iter(table.values()))
-    keys = [(name, key) for name, cell in first.items() for key in cell.get("scorer", ())]
-    return ("all numbers of the official scorers", ["number", *(f"{sets[n].benchmark.title} {key}" for n, key in keys)],
-            [[run, *(f"{cells[name]['scorer'].get(key, float('nan')):.4g}" for name, key in keys)]
-             for run, cells in table.items()])
+def scorer_tables(table, sets):
+    """-> [(title, heads, lines)]: everything that the official scorers say, as they say it"""
+    keys = [(name, key) for name, cell in next(iter(table.values())).items() for key in cell.get("scorer", ())]
+    lines = [[run, *(f"{cells[name]['scorer'].get(key, float('nan')):.4g}" for name, key in keys)]
+             for run, cells in table.items()]
+    heads = ["number", *(f"{sets[name].benchmark.title} {key}" for name, key in keys)]
+    return [("all numbers of the official scorers", heads, lines)] if keys else []
 
 
 def turned(title, heads, lines):
@@ -214,23 +220,23 @@ def markdown(tables):
     return "\n\n".join(parts) + "\n"
 
 
-def flipped_cards(sets, lines, args, open_answerer):
+def flipped_cards(sets, answers, args, draw_map):
     """Cards for the gallery: of each set up to --gallery random questions that some model answers unlike the first.
 
-    lines: {set: {run: its lines}}; open_answerer(run) -> its model, for the gradient maps"""
-    chosen, answers = [], defaultdict(list)
+    answers: {set: {run: its lines}}; draw_map(run, image, question, text) -> map or None"""
+    chosen, said = [], defaultdict(list)
     for name, questions in sets.items():
-        first, *others = lines[name].values()
+        first, *others = answers[name].values()
         flipped = np.flatnonzero(np.any([flips(first, rows) for rows in others], axis=0))
         drawn = sorted(np.random.default_rng(args.seed).permutation(flipped)[:args.gallery].tolist())
         records = {record["row"]: record for record in questions.records}
-        chosen += [(name, i, records[first[i]["row"]]) for i in drawn]
-    for run in next(iter(lines.values())):
-        for name, i, record in tqdm(chosen, desc=f"{run} maps", disable=not chosen):
-            line, image = lines[name][run][i], sets[name].picture(record)
+        chosen += [(name, i, record, questions.picture(record)) for i in drawn for record in [records[first[i]["row"]]]]
+    for run in next(iter(answers.values())):  # a run at a time: one model in memory
+        for name, i, record, image in tqdm(chosen, desc=f"{run} maps", disable=not chosen):
+            line = answers[name][run][i]
             text = line["choice"] if line["prediction"] is None else line["prediction"]
-            answers[name, i].append(gallery.Answer(run, text, float(line["score"]),
-                                                   open_answerer(run).map(image, record["question"], text)))
-    gold = lambda gold: ", ".join(dict.fromkeys(gold)) if isinstance(gold, list) else str(gold)
-    return [gallery.Card(sets[name].benchmark.title, f"row {record['row']}", sets[name].picture(record),
-                         record["question"], gold(record["gold"]), answers[name, i]) for name, i, record in chosen]
+            said[name, i].append(gallery.Answer(run, text, float(line["score"]),
+                                                draw_map(run, image, record["question"], text)))
+    as_text = lambda gold: ", ".join(dict.fromkeys(gold)) if isinstance(gold, list) else str(gold)
+    return [gallery.Card(sets[name].benchmark.title, f"row {record['row']}", image, record["question"],
+                         as_text(record["gold"]), said[name, i]) for name, i, record, image in chosen]

@@ -13,7 +13,8 @@ What can the model answer? Greedy answers of one or several models to the same q
 which of the given options has the highest log-probability? A model that has taken up another style of speaking fails
 the first and may pass the second, so that a change of style is not mistaken for a change of sight. Own data have both,
 benchmarks one: `--score logprob` takes the second where there are options, which is easier. *Blind* is the same with a
-grey picture: what the words of the question alone are worth. *Chance* is what guessing among the options is worth.
+grey picture (of own data the options alone): what the words of the question are worth. *Chance*, of benchmarks, is what
+guessing among the options is worth.
 
 `--profile` says whose prompts and rules: "paper" those of Cambrian-1, with which PIVOT's tables were made, "lmms" those
 of lmms-eval. Numbers of different profiles cannot be compared.
@@ -23,19 +24,20 @@ lost in the encoder, or at least moved to where its old reader does not find it.
 
 Writes into OUT: every answer as it was written (NAME.jsonl, of benchmarks in a folder each), results.json, results.md,
 and report.html with the questions that another model than the first answers differently, and where each one looked.
-Intervals are 95 % bootstraps over pictures; models are compared with the first one, on the same resamples. A run that
-was stopped goes on with `--resume`, and with more models or benchmarks than before it answers only what is new.
+Intervals are 95 % bootstraps over pictures (or what counts together); models are compared with the first one, on the
+same resamples. A run that was stopped goes on with `--resume`, and with more models or benchmarks than before it
+answers only what is new.
 """
 import argparse
 import datetime
 import difflib
 import glob
-import hashlib
 import json
 import os
 import shutil
 from collections import Counter, defaultdict
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -46,10 +48,10 @@ import data
 import gallery
 from answerers import HubModel, Run, identity
 from comparison import (averages, benchmark_tables, compare_benchmarks, compare_own, flipped_cards, markdown,
-                        own_tables, scorer_table, turned)
-from metrics import (anls, cvbench_score, gqa_correct, hallusionbench_score, mmbench_score, mme_score, mmmu_choice,
-                     mmmu_open, mmvp_score, naturalbench_score, normalise, ocrbench_correct, option_letter, pope_score,
-                     relaxed_accuracy, score, vqa_accuracy)
+                        own_tables, scorer_tables, turned)
+from metrics import (MME_PERCEPTION, anls, cvbench_score, gqa_correct, hallusionbench_score, mmbench_score, mme_score,
+                     mmmu_choice, mmmu_open, mmvp_score, naturalbench_score, normalise, ocrbench_correct, option_letter,
+                     pope_score, relaxed_accuracy, score, vqa_accuracy)
 from model import InputError
 from own_pairs import write_pairs
 
@@ -78,13 +80,13 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
     "mme": b.Benchmark(
         "MME", moved("MME"), "test", "question_id, question, answer, category", b.mme, b.read_mme, "perception, points",
         scale=2000, unit=lambda row: (row["category"], row["question_id"]), rule=b.mme_rule, score=mme_score,
-        stratum=lambda row, _: row["category"] if row["category"] in b.metrics.MME_PERCEPTION else None),
+        stratum=lambda row, _: row["category"] if row["category"] in MME_PERCEPTION else None),
     "seed": b.Benchmark(
         "SEED-I", moved("SEED-Bench"), "test", "question, choice_a, choice_b, choice_c, choice_d, answer", b.seed,
         b.letters_of("seed"), "accuracy", 512),
     "gqa": b.Benchmark(
         "GQA", moved("GQA", ":testdev_balanced_instructions"), "testdev", "imageId, question, answer", b.gqa,
-        b.read_gqa, "accuracy", 128, pictures=("testdev_balanced_images", "imageId", "id")),
+        b.read_gqa, "accuracy", 128, pictures=("testdev_balanced_images", "imageId", "id"), same_picture="imageId"),
     "scienceqa": b.Benchmark(
         "ScienceQA-I", [*moved("ScienceQA", ":ScienceQA-IMG"), "derek-thomas/ScienceQA"], "test",
         "question, choices, answer, hint", b.scienceqa, b.read_scienceqa, "accuracy", 512),
@@ -134,7 +136,8 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
         "BLINK", ["BLINK-Benchmark/BLINK"], "val", "prompt, choices, answer, sub_task", b.blink,
         b.letters_of("blink"), "accuracy, mean of tasks", 512, stratum=lambda row, _: row["sub_task"], configs=BLINK),
     "vqav2": b.Benchmark(
-        "VQAv2", moved("VQAv2"), "validation", "question, answers", b.vqav2, b.read_vqa, "VQA accuracy"),
+        "VQAv2", moved("VQAv2"), "validation", "image_id, question, answers", b.vqav2, b.read_vqa, "VQA accuracy",
+        same_picture="image_id"),
     "okvqa": b.Benchmark(
         "OK-VQA", moved("OK-VQA"), "val2014", "question, answers", b.okvqa, b.read_vqa, "VQA accuracy"),
 }
@@ -151,7 +154,7 @@ def benchmark_names(words):
     for word in words:
         if word not in known:
             near = difflib.get_close_matches(word, known, 1, 0.4)
-            raise InputError(f"--benchmarks {word} is not known" + f"; did you mean {near[0]}?" * bool(near) +
+            raise InputError(f"--benchmarks {word} is not known" + "".join(f"; did you mean {name}?" for name in near) +
                              f" There are {', '.join(known)}")
     return list(dict.fromkeys(name for word in words for name in known[word]))
 
@@ -180,13 +183,14 @@ class OwnQuestions:
                                      "accuracy", tokens=48)
         self.rows, self.records, self.skipped, self.dropped = data.load(source, "vqa", n, seed), [], Counter(), []
         self.source, shared = source, {i: str(tree[0]) for tree in self.rows.trees(len(self.rows)) for i in tree}
-        for i in range(len(self.rows)):
+        for i in tqdm(range(len(self.rows)), desc=source, delay=5):
             try:
                 record = self.rows[i]
             except data.BadRow as error:
                 self.dropped.append(str(error))
                 continue
-            kept = {key: record.get(key) for key in ("row", "question", "answer", "kind", "category")}
+            kept = {key: record[key] for key in ("row", "question", "answer")}
+            kept |= {key: None if record.get(key) is None else str(record[key]) for key in ("kind", "category")}
             self.records.append({**kept, "gold": record["answer"], "unit": str(i), "stratum": "", "shared": shared[i]})
         if not self.records:
             raise InputError(f"{source}: none of {len(self.rows)} rows can be used")
@@ -204,46 +208,39 @@ class OwnQuestions:
 
 
 def in_batches(records, size):
-    """Batches of records of about the same length, those that share a picture beside each other, the longest first: a
-    batch is as long as its longest row, and if memory does not do it shows at once"""
+    """Batches of records whose questions are about equally long, those that share a picture beside each other; the
+    longest first, so that if memory does not do it mostly shows at once"""
     groups = defaultdict(list)
     for record in records:
         groups[record["shared"]].append(record)
     groups = sorted(groups.values(), key=lambda group: -max(len(record["question"]) for record in group))
-    line = [record for group in groups for record in group]
-    return [line[at:at + size] for at in range(0, len(line), size)]
+    ordered = [record for group in groups for record in group]
+    return [ordered[at:at + size] for at in range(0, len(ordered), size)]
 
 
 def ask(answerer, records, images, args, tokens, blind=False):
     """-> for each record the text that is written, or None, and the likeliest option, or None. Own data have both, but
     of blind answers only the option; benchmarks have one or the other, by --score"""
-    to_choose = [i for i, record in enumerate(records) if record["options"] and args.score != "decoded"]
-    to_write = [i for i in range(len(records)) if not blind] if args.score == "both" else \
-        [i for i in range(len(records)) if i not in to_choose]
+    chooses = lambda record: record["options"] and args.score != "decoded"
+    writes = lambda record: not blind if args.score == "both" else not chooses(record)
     texts, choices = {}, {}
-    if to_write:
+    if to_write := [i for i, record in enumerate(records) if writes(record)]:
         texts = dict(zip(to_write, answerer.generate([images[i] for i in to_write],
                                                      [records[i]["question"] for i in to_write], tokens)))
-    if to_choose:
+    if to_choose := [i for i, record in enumerate(records) if chooses(record)]:
         options = [list(records[i]["options"]) for i in to_choose]
         logps = answerer.option_logps([images[i] for i in to_choose], [records[i]["question"] for i in to_choose],
-                                      options, args.batch_size)
-        choices = {i: max(zip(*each))[1] for i, *each in zip(to_choose, logps, options)}
+                                      options)
+        if not np.isfinite(sum(logps, [])).all():
+            raise InputError("a log-probability is not a number: this model is broken")
+        choices = {i: names[int(np.argmax(each))] for i, names, each in zip(to_choose, options, logps)}
     return [(texts.get(i), choices.get(i)) for i in range(len(records))]
-
-
-def judge(record, text, choice, read, profile):
-    """How right are the text and the chosen option, None where there is none; and what was understood"""
-    decoded, understood = (None, choice) if text is None else read(record, text, profile)
-    gold = str(record["gold"]).lower()  # the right option's letter, or its text
-    restricted = None if choice is None else float(gold in (choice.lower(), record["options"][choice].lower()))
-    return decoded, restricted, understood
 
 
 def answer(answerer, questions, records, args):
     """Asks about records with their pictures, and without -> a dict for each, to be saved; one whose picture cannot be
     read says so"""
-    benchmark, pictures, unreadable = questions.benchmark, {}, {}
+    pictures, unreadable = {}, {}
     for record in records:
         if record["shared"] not in pictures.keys() | unreadable.keys():
             try:
@@ -257,21 +254,30 @@ def answer(answerer, questions, records, args):
         return lines
     images = [pictures[record["shared"]] for record in records]
     grey = {image.size: Image.new("RGB", image.size, (128, 128, 128)) for image in images}
-    tokens = args.max_new_tokens or benchmark.tokens
+    tokens, blind = args.max_new_tokens or questions.benchmark.tokens, [(None, None)] * len(records)
     seen = ask(answerer, records, images, args, tokens)
-    blind = ask(answerer, records, [grey[image.size] for image in images], args, tokens, blind=True) if args.blind \
-        else [(None, None)] * len(records)
-    for record, (text, choice), (blind_text, blind_choice) in zip(records, seen, blind):
-        decoded, restricted, understood = judge(record, text, choice, benchmark.read, args.profile)
-        *blind_scores, blind_understood = judge(record, blind_text, blind_choice, benchmark.read, args.profile)
-        lines.append({
-            **{key: value for key, value in record.items() if key not in ("picture", "place")},
-            "prediction": text, "choice": choice, "understood": understood, "decoded": decoded,
-            "restricted": restricted, "score": restricted if text is None else decoded,
-            "measure": "restricted" if text is None else "decoded",
-            "blind": blind_choice if blind_text is None else blind_text, "blind_understood": blind_understood,
-            "blind_score": next((each for each in blind_scores if each is not None), None)})
-    return lines
+    if args.blind:
+        blind = ask(answerer, records, [grey[image.size] for image in images], args, tokens, blind=True)
+    return lines + [{"row": record["row"], "prediction": text, "choice": choice, "blind_prediction": blind_text,
+                     "blind_choice": blind_choice}
+                    for record, (text, choice), (blind_text, blind_choice) in zip(records, seen, blind)]
+
+
+def judge(record, line, read, profile):
+    """A record and what was answered -> both, and how right that is: "decoded" the text, "restricted" the option,
+    "score" the one that counts, "blind_score" the same of the grey picture; None where there is none. "understood" is
+    what was read out of the answer"""
+    def one(text, choice):
+        decoded, understood = (None, choice) if text is None else read(record, text, profile)
+        restricted = None if choice is None else float(normalise(choice) == normalise(str(record["gold"])))
+        return decoded, restricted, understood
+
+    decoded, restricted, understood = one(line["prediction"], line["choice"])
+    blind_decoded, blind_restricted, blind_understood = one(line["blind_prediction"], line["blind_choice"])
+    return {**{key: value for key, value in record.items() if key not in ("picture", "place")}, **line,
+            "decoded": decoded, "restricted": restricted, "score": restricted if decoded is None else decoded,
+            "understood": understood, "blind_understood": blind_understood,
+            "blind_score": blind_restricted if blind_decoded is None else blind_decoded}
 
 
 def saved_lines(path):
@@ -287,30 +293,51 @@ def saved_lines(path):
     return lines
 
 
-def gather(records, path):
-    """All processes' answers into one file, in the order of the records. -> usable lines, reasons of the others"""
-    saved = saved_lines(path)
-    lines = [saved[record["row"]] for record in records if record["row"] in saved]
+def gather(questions, path, profile):
+    """All processes' answers into one file, in the order of the records, and judged: what was judged before may have
+    been so by other rules. -> usable lines by row, {row: reason} of the others"""
+    saved, dropped, lines = saved_lines(path), {}, {}
+    for record in questions.records:
+        line = saved.get(record["row"])
+        if line and "dropped" in line:
+            dropped[record["row"]] = line["dropped"]
+        elif line:
+            raw = {key: line[key] for key in ("prediction", "choice", "blind_prediction", "blind_choice")}
+            lines[record["row"]] = judge(record, raw, questions.benchmark.read, profile)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".new", "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
+        f.writelines(json.dumps(line) + "\n" for line in lines.values())
+        f.writelines(json.dumps({"row": row, "dropped": reason}) + "\n" for row, reason in dropped.items())
     os.replace(path + ".new", path)
     for each in glob.glob(glob.escape(path) + ".rank*"):
         os.remove(each)
-    dropped = {line["row"]: line["dropped"] for line in lines if "dropped" in line}
-    broken = {record["unit"] for record in records if record["row"] in dropped}  # half a pair would count as a pair
-    return [line for line in lines if "dropped" not in line and line["unit"] not in broken], list(dropped.values())
+    return lines, dropped
 
 
-def answer_all(open_answerer, questions, path, args, rank, world):
+def usable_lines(questions, gathered):
+    """{run: what `gather` gives} -> {run: lines} about the rows that every run has answered, without those that count
+    together with others; and why which rows are not among them"""
+    dropped = {row: reason for _, reasons in gathered.values() for row, reason in reasons.items()}
+    broken = {record["unit"] for record in questions.records if record["row"] in dropped}
+    dropped |= {record["row"]: f"row {record['row']} counts together with another that cannot be used"
+                for record in questions.records if record["unit"] in broken and record["row"] not in dropped}
+    lines = {run: [line for row, line in lines.items() if row not in dropped] for run, (lines, _) in gathered.items()}
+    if not all(lines.values()):
+        raise InputError(f"{questions.source}: not one picture can be read: {next(iter(dropped.values()))}")
+    return lines, list(dropped.values())
+
+
+def answer_all(open_answerer, questions, path, args, autocast, rank, world):
     """Answers what `path` does not hold yet; each process its share, into a file of its own"""
     with open(path) as f:  # this file alone: others may be writing theirs already
-        done = {json.loads(line)["row"] for line in f}
+        done = {line["row"] for line in map(json.loads, f) if "dropped" not in line}
     batches = in_batches([record for record in questions.records if record["row"] not in done], args.batch_size)
     with open(path if world == 1 else f"{path}.rank{rank}", "a") as f:
         for records in tqdm(batches[rank::world], desc=os.path.relpath(path, args.folder)[:-6],
                             disable=rank > 0 or not batches):
-            f.writelines(json.dumps(line) + "\n" for line in answer(open_answerer(), questions, records, args))
+            with autocast():  # for each batch anew: it keeps what it has cast
+                lines = answer(open_answerer(), questions, records, args)
+            f.writelines(json.dumps(line) + "\n" for line in lines)
             f.flush()
 
 
@@ -353,35 +380,36 @@ parser.add_argument("--write_pairs",
                     help="write best-against-worst pairs of the first run's own samples to this .jsonl file, and stop")
 parser.add_argument("--seed", type=int, default=0, help="of the drawn world, --limit, the samples and the bootstrap")
 
-SAME = ("data", "n", "profile", "limit", "score", "blind", "max_new_tokens", "reader", "seed")  # in one OUT
+SAME = ("data", "n", "benchmarks", "profile", "limit", "score", "blind", "max_new_tokens", "reader", "seed")
 
 
 def prepare_folder(args, models, sets):
     """OUT.tmp, emptied or with what a stopped run left there; raises InputError if that was another run"""
-    args.folder = args.out.rstrip("/") + ".tmp"
     settings = {flag: getattr(args, flag) for flag in SAME}
-    known = {"models": models, "sets": {name: hashlib.sha256(json.dumps(
-        [(r["row"], r["question"], r["shared"]) for r in questions.records]).encode()).hexdigest()[:16]
+    settings["benchmarks"] = bool(args.benchmarks)  # others may be added
+    settings["reader"] = args.reader and identity(args.reader, False)
+    known = {"models": models, "sets": {name: common.digest(*(json.dumps(
+        [record["row"], record["question"], record["options"], record["shared"]]) for record in questions.records))
         for name, questions in sets.items()}}
-    saved = next((each for each in (args.folder, args.out)
-                  if os.path.exists(os.path.join(each, "settings.json"))), None)
+    saved = [each for each in (args.folder, args.out) if os.path.exists(os.path.join(each, "settings.json"))]
+    if args.resume and os.path.exists(args.out) and saved != [args.out]:
+        raise InputError(f"--resume: {args.out} holds no answers to go on from" if not saved else
+                         f"--resume: both {args.out} and {args.folder} are there; remove one")
     if args.resume and saved:
-        with open(os.path.join(saved, "settings.json")) as f:
+        with open(os.path.join(saved[0], "settings.json")) as f:
             before = json.load(f)
         for flag in SAME:
             if before["settings"][flag] != settings[flag]:
-                raise InputError(f"--resume: {saved} was answered with --{flag} {before['settings'][flag]}, not "
-                                 f"{settings[flag]}; use that, or another --out")
+                raise InputError(f"--resume: {saved[0]} was answered with another --{flag} "
+                                 f"({before['settings'][flag]}, now {settings[flag]}); use that, or another --out")
         for what in known:
             for name, contents in known[what].items():
                 if before[what].get(name, contents) != contents:
-                    raise InputError(f"--resume: {name or args.data} is not what it was when {saved} was written; use "
-                                     "another --out")
+                    raise InputError(f"--resume: {name or args.data} is not what it was when {saved[0]} was written; "
+                                     "use another --out")
             known[what] = {**before[what], **known[what]}
-        if saved == args.out:
+        if saved == [args.out]:
             os.rename(args.out, args.folder)
-    elif os.path.exists(args.out):
-        raise InputError(f"--resume: {args.out} holds no answers to go on from; use another --out")
     else:
         shutil.rmtree(args.folder, ignore_errors=True)
         os.makedirs(args.folder)
@@ -391,42 +419,51 @@ def prepare_folder(args, models, sets):
     os.replace(path + ".new", path)
 
 
-def main():
+def checked_arguments():
     args = parser.parse_args()
-    models = args.runs + args.hf
-    if not models:
+    if not args.runs + args.hf:
         raise InputError("name a run directory, or a model behind --hf")
+    if args.write_pairs and (not args.runs or args.temperature <= 0):
+        raise InputError("--write_pairs samples from a run directory, at a --temperature above 0")
+    if not args.write_pairs and not args.out:
+        raise InputError("--out is needed: a folder for the results")
+    if args.benchmarks and (args.n or args.data != parser.get_default("data")):
+        raise InputError("--benchmarks brings its own questions: leave --data and --n out (--limit asks fewer)")
+    if not args.write_pairs and not args.resume:
+        common.check_out(args.out)
+    args.benchmarks = args.benchmarks and benchmark_names(args.benchmarks)
+    args.score = args.score if args.benchmarks else "both"
+    return args
+
+
+def main():
+    args = checked_arguments()
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device, autocast = common.setup(args.seed)
-    n = args.n or (1800 if data.is_drawn(args.data) else None)
-    if args.write_pairs:
-        questions = OwnQuestions(args.data, n, args.seed, args.limit)
-        with autocast():
-            return write_pairs(Run(args.runs[0], device).model, questions, args)
-    if not args.out:
-        raise InputError("--out is needed: a folder for the results")
-    if not args.resume:
-        common.check_out(args.out)
-    names = common.names(models)
-    identities = {name: identity(model, model in args.hf) for name, model in zip(names, models)}
     if args.benchmarks:
         sets = {name: b.Questions(BENCHMARKS[name], args.profile, args.copies, args.limit, args.seed)
-                for name in benchmark_names(args.benchmarks)}
+                for name in args.benchmarks}
     else:
-        sets, args.score = {"": OwnQuestions(args.data, n, args.seed, args.limit)}, "both"
+        n = args.n or (1800 if data.is_drawn(args.data) else None)
+        sets = {"": OwnQuestions(args.data, n, args.seed, args.limit)}
+    if args.write_pairs:
+        with autocast():
+            return write_pairs(Run(args.runs[0], device).model, sets[""], args)
+
+    models = dict(zip(common.names(args.runs + args.hf), args.runs + args.hf))
     args.folder, wait = args.out.rstrip("/") + ".tmp", lambda: None
     if world > 1:  # processes only wait for each other; no tensors travel
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
         wait = torch.distributed.barrier
     place = lambda name, run: os.path.join(args.folder, name, f"{run}.jsonl")
     if rank == 0:
-        prepare_folder(args, identities, sets)
+        prepare_folder(args, {run: identity(model, model in args.hf) for run, model in models.items()}, sets)
         for name, questions in sets.items():
             common.report_dropped(questions.dropped, 0)
-            for run in names:
-                gather(questions.records, place(name, run))
+            for run in models:
+                gather(questions, place(name, run), args.profile)
     wait()
     opened = {}
 
@@ -434,53 +471,57 @@ def main():
         """The model of this name: opened when it is first asked, and then the only one in memory"""
         if run not in opened:
             opened.clear()
-            model = models[names.index(run)]
-            opened[run] = HubModel(model, device) if model in args.hf else Run(model, device, args.reader)
+            opened[run] = HubModel(models[run], device) if models[run] in args.hf else \
+                Run(models[run], device, args.reader)
         return opened[run]
 
-    with autocast():
-        for run in names:
-            for name, questions in sets.items():
-                answer_all(lambda: open_answerer(run), questions, place(name, run), args, rank, world)
-        wait()  # from here on the first process is alone
-        if rank:
-            return
-        lines, dropped = {name: {} for name in sets}, {}
+    def draw_map(run, image, question, text):
+        """Where each run looked; of other models it is not known which image token is where"""
+        with autocast():
+            return None if models[run] in args.hf else open_answerer(run).map(image, question, text)
+
+    for run in models:
         for name, questions in sets.items():
-            for run in names:
-                lines[name][run], dropped[name] = gather(questions.records, place(name, run))
-            common.report_dropped(dropped[name], 0)
-            if not lines[name][names[0]]:
-                raise InputError(f"{questions.source}: not one picture can be read: {dropped[name][0]}")
-        if args.benchmarks:
-            table = compare_benchmarks(sets, lines, dropped, args)
-            tables = benchmark_tables(table, sets, PAPER, args)
-            details = [scorer_table(table, sets)]
-        else:
-            table = compare_own(sets[""], lines[""], args.seed)
-            tables, details = own_tables(table, args), []
-        cards = flipped_cards(sets, lines, args, open_answerer) if len(names) > 1 and args.gallery else []
-    save(args, table, tables + details, cards)
-    for each in tables:
-        common.print_table(*each)
-    print(f"wrote {args.out}/results.json, results.md, report.html and every answer beside them")
+            answer_all(lambda: open_answerer(run), questions, place(name, run), args, autocast, rank, world)
+    wait()  # from here on the first process is alone
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        report({name: {run: gather(questions, place(name, run), args.profile) for run in models}
+                for name, questions in sets.items()}, sets, args, draw_map)
 
 
-def save(args, table, tables, cards):
-    """Writes results.json, results.md and report.html, and gives the folder its name"""
-    results = {"args": {key: value for key, value in vars(args).items() if key != "folder"},
-               "versions": common.versions(), "table": table}
+def report(gathered, sets, args, draw_map):
+    """Compares the models, writes results.json, results.md and report.html, gives the folder its name, and prints"""
+    lines, dropped = {}, {}
+    for name, questions in sets.items():
+        lines[name], dropped[name] = usable_lines(questions, gathered[name])
+        common.report_dropped(dropped[name], 0)
+    results = {"args": {flag: value for flag, value in vars(args).items() if flag != "folder"},
+               "versions": common.versions()}
     if args.benchmarks:
-        results["averages"] = {run: averages(cells, PAPER) for run, cells in table.items()}
+        results["table"] = compare_benchmarks(sets, lines, dropped, args)
+        results["averages"] = {run: averages(cells, PAPER) for run, cells in results["table"].items()}
+        tables = benchmark_tables(results["table"], sets, PAPER, args)
+        details = scorer_tables(results["table"], sets)
+        notes = [f"prompts and rules of {'Cambrian-1' if args.profile == 'paper' else 'lmms-eval'} "
+                 f"(profile {args.profile})"]
+    else:
+        results["table"], results["dropped"] = compare_own(sets[""], lines[""], args.seed), \
+            sets[""].dropped + dropped[""]
+        tables, details, notes = own_tables(results["table"], args), [], [f"questions of {args.data}"]
     with open(os.path.join(args.folder, "results.json"), "w") as f:
         json.dump(results, f, indent=1)
     with open(os.path.join(args.folder, "results.md"), "w") as f:
-        f.write(markdown(tables))
-    notes = [f"prompts and rules of {'Cambrian-1' if args.profile == 'paper' else 'lmms-eval'} (profile {args.profile})"
-             if args.benchmarks else f"questions of {args.data}", "blind: the same questions with a grey picture"]
-    gallery.write(os.path.join(args.folder, "report.html"), "What can the models answer?", notes,
-                  [turned(*each) for each in tables], cards)
+        f.write(markdown(tables + details))
+    cards = flipped_cards(sets, lines, args, draw_map) if len(results["table"]) > 1 and args.gallery else []
+    gallery.write(os.path.join(args.folder, "report.html"), "What can the models answer?",
+                  notes + ["blind: the same questions with a grey picture"] * args.blind,
+                  [turned(*each) for each in tables + details], cards)
     os.rename(args.folder, args.out)
+    for each in tables:
+        common.print_table(*each)
+    print(f"wrote {args.out}/results.json, results.md, report.html and every answer beside them")
 
 
 if __name__ == "__main__":

@@ -129,9 +129,8 @@ def relaxed_accuracy(prediction, target, profile="paper"):
     if profile == "paper":
         both = number(prediction) is not None and number(target) is not None
         return float(near(prediction, target) if both else same)
-    said, true = (number(text.rstrip("%")) if text.endswith("%") else number(text) for text in (prediction, target))
-    said, true = (value and value / 100 if text.endswith("%") else value
-                  for text, value in ((prediction, said), (target, true)))
+    said, true = ((value := number(text.rstrip("%"))) and value / (100 if text.endswith("%") else 1)
+                  for text in (prediction, target))
     return float(abs(said - true) / abs(true) <= 0.05 if said is not None and true else same)
 
 

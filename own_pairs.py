@@ -19,14 +19,13 @@ def write_pairs(model, questions, args):
     if os.path.exists(args.write_pairs):
         raise InputError(f"--write_pairs {args.write_pairs} exists already; remove it or choose another name")
     folder, written, n_flat = os.path.dirname(os.path.abspath(args.write_pairs)), 0, 0
-    rows, records = questions.rows, questions.records
+    rows, records, tokens = questions.rows, questions.records, args.max_new_tokens or questions.benchmark.tokens
     os.makedirs(folder, exist_ok=True)
     with open(args.write_pairs + ".tmp", "w") as f:
         for at in tqdm(range(0, len(records), args.batch_size), desc="pairs"):
             chunk = records[at:at + args.batch_size]
             images, texts = [questions.picture(record) for record in chunk], [record["question"] for record in chunk]
-            samples = [model.generate(images, texts, args.max_new_tokens or 48, args.temperature)
-                       for _ in range(args.samples)]
+            samples = [model.generate(images, texts, tokens, args.temperature) for _ in range(args.samples)]
             for record, image, *said in zip(chunk, images, *samples):
                 said = [text for text in said if text]                      # an empty answer is no answer to learn from
                 scores = [score(text, record["answer"]) for text in said]
