@@ -84,6 +84,8 @@ class HubModel:
     processor and chat template. Never runs remote code."""
 
     def __init__(self, name, device):
+        if os.path.isdir(os.path.join(name, "vision")):
+            raise InputError(f"{name} is a run directory: name it without --hf")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = opened(AutoModelForImageTextToText, name, dtype=dtype).to(device).eval()
         self.processor = opened(AutoProcessor, name)

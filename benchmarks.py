@@ -384,7 +384,7 @@ def open_split(hub_id, config, split, copies=None):
                             features=builder.info.features)
     except Exception as error:  # each failure of the hub has its own type
         why = error.__cause__ if isinstance(error, exceptions.DatasetGenerationError) else error
-        reason = f"{hub_id}: {first_line(why)}"
+        reason = f"{path}: {first_line(why)}" + f" (and not in {copies})" * bool(copies and path == hub_id)
         if "scripts are no longer supported" in reason:
             reason += " (it still comes as a program, which datasets no longer runs: put parquet files of it into " \
                       f"DIR/{hub_id} and name DIR by --copies, or another copy into the table)"
@@ -454,6 +454,9 @@ class Questions:
                 try:
                     unit = str(benchmark.unit(row)) if benchmark.unit else name
                     record = {"picture": "image", **benchmark.record(row, profile)}
+                    names = [letter.lower() for letter in record["options"] or ()]
+                    if record["gold"] in (None, "", []) or names and str(record["gold"]).lower() not in names:
+                        raise ValueError(f"its right answer {record['gold']!r} is none of its options")
                     if where and row[benchmark.pictures[1]] not in where:
                         raise ValueError(f"there is no picture {row[benchmark.pictures[1]]}")
                 except Skip as reason:

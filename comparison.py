@@ -151,16 +151,18 @@ def own_tables(table, args):
         groups = [g for g in table[first] if measure in table[first][g]]
         if groups:
             title = "restricted, grey picture" if measure == "blind_score" else measure
-            tables.append((f"{title}, % right [95 % interval over {table[first]['all']['n_' + measure]} " + "random " *
-                           bool(args.limit) + f"questions of {args.data}]",
+            title += f", % right of {table[first]['all']['n_' + measure]} " + "random " * bool(args.limit) + \
+                f"questions of {args.data} [95 % interval over pictures]"
+            tables.append((title + f", read by {args.reader}" * bool(args.reader),
                            ["questions", *groups],
                            [[run, *(shown(table[run][g][measure]) for g in groups)] for run in table]))
     cells = [(m, g) for m in ("decoded", "restricted") for g in ("all", "vision-centric", "knowledge")
              if m in table[first].get(g, {})]
-    lines = [[run, *(shown(table[run][g][m + "_vs_first"], sign=True) for m, g in cells)] for run in list(table)[1:]]
+    lines = [[run, *(shown(table[run][g][m + "_vs_first"], sign=True) for m, g in cells),
+              f"+{table[run]['all']['gained']} -{table[run]['all']['lost']}"] for run in list(table)[1:]]
     if lines:
         tables.append((f"difference to {first}, question by question [95 % interval]",
-                       ["questions", *(f"{m} {g}" for m, g in cells)], lines))
+                       ["questions", *(f"{m} {g}" for m, g in cells), "gained and lost"], lines))
     return tables
 
 
@@ -173,7 +175,7 @@ def benchmark_tables(table, sets, groups, args):
     if args.limit:
         title += f"; about {args.limit} random rows of each, seed {args.seed}"
     if args.score == "logprob":
-        title += "; logprob: the likeliest option is scored, which is easier than what is written"
+        title += "; logprob: the likeliest option is scored, usually easier than what is written"
     lines = [["metric", *(row["metric"] + (", logprob" if row["n_logprob"] == row["n"] else ", partly logprob") *
                           bool(row["n_logprob"]) for row in rows), *blank],
              ["rows", *(str(row["n"]) for row in rows), *blank],
@@ -223,11 +225,13 @@ def markdown(tables):
 def flipped_cards(sets, answers, args, draw_map):
     """Cards for the gallery: of each set up to --gallery random questions that some model answers unlike the first.
 
-    answers: {set: {run: its lines}}; draw_map(run, image, question, text) -> map or None"""
-    chosen, said = [], defaultdict(list)
+    answers: {set: {run: its lines}}; draw_map(run, image, question, text) -> map or None. -> cards, how many questions
+    there were to choose from"""
+    chosen, said, n_flipped = [], defaultdict(list), 0
     for name, questions in sets.items():
         first, *others = answers[name].values()
-        flipped = np.flatnonzero(np.any([flips(first, rows) for rows in others], axis=0))
+        flipped = np.flatnonzero(np.any([flips(first, rows) for rows in others], axis=0)) if others else []
+        n_flipped += len(flipped)
         drawn = sorted(np.random.default_rng(args.seed).permutation(flipped)[:args.gallery].tolist())
         records = {record["row"]: record for record in questions.records}
         chosen += [(name, i, record, questions.picture(record)) for i in drawn for record in [records[first[i]["row"]]]]
@@ -239,4 +243,4 @@ def flipped_cards(sets, answers, args, draw_map):
                                                 draw_map(run, image, record["question"], text)))
     as_text = lambda gold: ", ".join(dict.fromkeys(gold)) if isinstance(gold, list) else str(gold)
     return [gallery.Card(sets[name].benchmark.title, f"row {record['row']}", image, record["question"],
-                         as_text(record["gold"]), said[name, i]) for name, i, record, image in chosen]
+                         as_text(record["gold"]), said[name, i]) for name, i, record, image in chosen], n_flipped

@@ -12,7 +12,7 @@ What can the model answer? Greedy answers of one or several models to the same q
 *Decoded*: the text that the model writes is scored, on a benchmark by its makers' metric (metrics.py). *Restricted*:
 which of the given options has the highest log-probability? A model that has taken up another style of speaking fails
 the first and may pass the second, so that a change of style is not mistaken for a change of sight. Own data have both,
-benchmarks one: `--score logprob` takes the second where there are options, which is easier. *Blind* is the same with a
+benchmarks one: `--score logprob` takes the second where there are options, usually easier. *Blind* is the same with a
 grey picture (of own data the options alone): what the words of the question are worth. *Chance*, of benchmarks, is what
 guessing among the options is worth.
 
@@ -32,6 +32,7 @@ import argparse
 import datetime
 import difflib
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -182,7 +183,7 @@ class OwnQuestions:
         self.benchmark = b.Benchmark(source, [], "", "", None, lambda row, said, _: (score(said, row["answer"]), said),
                                      "accuracy", tokens=48)
         self.rows, self.records, self.skipped, self.dropped = data.load(source, "vqa", n, seed), [], Counter(), []
-        self.source, shared = source, {i: str(tree[0]) for tree in self.rows.trees(len(self.rows)) for i in tree}
+        self.source = source
         for i in tqdm(range(len(self.rows)), desc=source, delay=5):
             try:
                 record = self.rows[i]
@@ -191,7 +192,8 @@ class OwnQuestions:
                 continue
             kept = {key: record[key] for key in ("row", "question", "answer")}
             kept |= {key: None if record.get(key) is None else str(record[key]) for key in ("kind", "category")}
-            self.records.append({**kept, "gold": record["answer"], "unit": str(i), "stratum": "", "shared": shared[i]})
+            self.records.append({**kept, "gold": record["answer"], "unit": str(i), "stratum": "",
+                                 "shared": hashlib.blake2b(record["image"].tobytes(), digest_size=8).hexdigest()})
         if not self.records:
             raise InputError(f"{source}: none of {len(self.rows)} rows can be used")
         options = candidates(self.records)
@@ -240,15 +242,13 @@ def ask(answerer, records, images, args, tokens, blind=False):
 def answer(answerer, questions, records, args):
     """Asks about records with their pictures, and without -> a dict for each, to be saved; one whose picture cannot be
     read says so"""
-    pictures, unreadable = {}, {}
+    pictures, lines = {}, []
     for record in records:
-        if record["shared"] not in pictures.keys() | unreadable.keys():
+        if record["shared"] not in pictures:
             try:
                 pictures[record["shared"]] = questions.picture(record)
             except data.BadRow as error:
-                unreadable[record["shared"]] = str(error)
-    lines = [{"row": record["row"], "dropped": unreadable[record["shared"]]} for record in records
-             if record["shared"] in unreadable]
+                lines.append({"row": record["row"], "dropped": str(error)})
     records = [record for record in records if record["shared"] in pictures]
     if not records:
         return lines
@@ -367,7 +367,8 @@ parser.add_argument("--blind", type=common.true_or_false, default=True,
                     help="ask everything a second time with a grey picture: true or false")
 parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
 parser.add_argument("--resume", action="store_true",
-                    help="go on with a run that was stopped, or add models and benchmarks to a finished one")
+                    help="go on with a run that was stopped, or add models and benchmarks to a finished one; the "
+                         "tables show those that are named")
 parser.add_argument("--gallery", type=int, default=12, metavar="N",
                     help="at most so many questions of each set in report.html")
 parser.add_argument("--batch_size", type=common.positive, default=128, help="questions a forward pass")
@@ -380,7 +381,7 @@ parser.add_argument("--write_pairs",
                     help="write best-against-worst pairs of the first run's own samples to this .jsonl file, and stop")
 parser.add_argument("--seed", type=int, default=0, help="of the drawn world, --limit, the samples and the bootstrap")
 
-SAME = ("data", "n", "benchmarks", "profile", "limit", "score", "blind", "max_new_tokens", "reader", "seed")
+SAME = ("benchmarks", "data", "n", "profile", "limit", "score", "blind", "max_new_tokens", "reader", "seed")
 
 
 def prepare_folder(args, models, sets):
@@ -400,8 +401,10 @@ def prepare_folder(args, models, sets):
             before = json.load(f)
         for flag in SAME:
             if before["settings"][flag] != settings[flag]:
-                raise InputError(f"--resume: {saved[0]} was answered with another --{flag} "
-                                 f"({before['settings'][flag]}, now {settings[flag]}); use that, or another --out")
+                was, now = ("not given" if each is None else each
+                            for each in (before["settings"][flag], settings[flag]))
+                raise InputError(f"--resume: {saved[0]} was answered with another --{flag} ({was}; now {now}); use "
+                                 "that, or another --out")
         for what in known:
             for name, contents in known[what].items():
                 if before[what].get(name, contents) != contents:
@@ -422,15 +425,29 @@ def prepare_folder(args, models, sets):
 def checked_arguments():
     args = parser.parse_args()
     if not args.runs + args.hf:
-        raise InputError("name a run directory, or a model behind --hf")
+        raise InputError("name a run directory (before --benchmarks, which takes all words behind it), or a model "
+                         "behind --hf")
+    if args.hf and args.reader:
+        raise InputError("--reader swaps parts of runs: leave --hf out")
+    if args.gallery < 0:
+        raise InputError(f"--gallery {args.gallery} is not a number from 0")
     if args.write_pairs and (not args.runs or args.temperature <= 0):
         raise InputError("--write_pairs samples from a run directory, at a --temperature above 0")
     if not args.write_pairs and not args.out:
         raise InputError("--out is needed: a folder for the results")
-    if args.benchmarks and (args.n or args.data != parser.get_default("data")):
-        raise InputError("--benchmarks brings its own questions: leave --data and --n out (--limit asks fewer)")
-    if not args.write_pairs and not args.resume:
-        common.check_out(args.out)
+    if args.benchmarks and (args.n or args.data != parser.get_default("data") or args.write_pairs):
+        raise InputError("--benchmarks brings its own questions: leave --data, --n and --write_pairs out (--limit asks "
+                         "fewer)")
+    if args.copies and not os.path.isdir(args.copies):
+        raise InputError(f"--copies {args.copies}: no such folder")
+    if args.out:
+        args.folder = args.out.rstrip("/") + ".tmp"
+        if os.path.exists(args.out) and not args.resume:
+            raise InputError(f"--out {args.out} exists already; remove it, choose another name, or --resume")
+        answers = glob.glob(os.path.join(glob.escape(args.folder), "**", "*.jsonl*"), recursive=True)
+        if any(map(os.path.getsize, answers)) and not args.resume:
+            raise InputError(f"{args.folder} holds the answers of a run that was stopped: --resume goes on, or remove "
+                             "it")
     args.benchmarks = args.benchmarks and benchmark_names(args.benchmarks)
     args.score = args.score if args.benchmarks else "both"
     return args
@@ -453,7 +470,7 @@ def main():
             return write_pairs(Run(args.runs[0], device).model, sets[""], args)
 
     models = dict(zip(common.names(args.runs + args.hf), args.runs + args.hf))
-    args.folder, wait = args.out.rstrip("/") + ".tmp", lambda: None
+    wait = lambda: None
     if world > 1:  # processes only wait for each other; no tensors travel
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
         wait = torch.distributed.barrier
@@ -480,9 +497,12 @@ def main():
         with autocast():
             return None if models[run] in args.hf else open_answerer(run).map(image, question, text)
 
-    for run in models:
-        for name, questions in sets.items():
-            answer_all(lambda: open_answerer(run), questions, place(name, run), args, autocast, rank, world)
+    try:
+        for run in models:
+            for name, questions in sets.items():
+                answer_all(lambda: open_answerer(run), questions, place(name, run), args, autocast, rank, world)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the answers so far are in {args.folder}, and --resume goes on") from None
     wait()  # from here on the first process is alone
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -514,7 +534,9 @@ def report(gathered, sets, args, draw_map):
         json.dump(results, f, indent=1)
     with open(os.path.join(args.folder, "results.md"), "w") as f:
         f.write(markdown(tables + details))
-    cards = flipped_cards(sets, lines, args, draw_map) if len(results["table"]) > 1 and args.gallery else []
+    cards, n_flipped = flipped_cards(sets, lines, args, draw_map)
+    notes += [f"{len(cards)} of the {n_flipped} questions that another model gets right or wrong unlike the first, "
+              "drawn at random"] * bool(n_flipped)
     gallery.write(os.path.join(args.folder, "report.html"), "What can the models answer?",
                   notes + ["blind: the same questions with a grey picture"] * args.blind,
                   [turned(*each) for each in tables + details], cards)

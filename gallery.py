@@ -135,7 +135,7 @@ def article(card, models):
 def gallery(cards):
     """Contents with counts, how to read a card, a choice of cards, and the cards by benchmark"""
     if not cards:
-        return "<p>No answer flipped: the models answered alike, or there was only one.</p>"
+        return "<p>No question to show: the models answered alike, there was only one, or no gallery was asked for.</p>"
     models, groups = list(dict.fromkeys(answer.model for card in cards for answer in card.answers[1:])), {}
     for card in cards:
         groups.setdefault(card.benchmark, []).append(card)

@@ -39,7 +39,7 @@ for seed in $SEEDS; do
 
   arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo")
   stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS"
-  stage "$run/vqa"   eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST"
-  stage "$run/swap"  eval_vqa.py "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1"
+  stage "$run/vqa"   eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST"
+  stage "$run/swap"  eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1"
 done
 python "$here/report.py" "${folders[@]}" --out "$OUT"

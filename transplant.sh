@@ -46,6 +46,6 @@ for seed in $SEEDS; do
   done
   stage "$run/probe" probe.py "$run/start" "$run/more" "$run/sft" "$run/dpo" "$run/large" --world noisy --n "$N_TEST" \
     --seed "$seed" --seeds "$PROBE_SEEDS"
-  stage "$run/vqa" eval_vqa.py "${heads[@]}" --data noisy/test/vqa --n "$N_TEST" --seed "$seed"
+  stage "$run/vqa" eval_vqa.py --resume "${heads[@]}" --data noisy/test/vqa --n "$N_TEST" --seed "$seed"
 done
 python "$here/report.py" "${folders[@]}" --transplant --out "$OUT"

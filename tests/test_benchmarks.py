@@ -1,4 +1,5 @@
 """eval_vqa.py --benchmarks, from the hub's rows to the page: prompts by hand, numbers against the official scorers, real runs on tiny copies."""
+import contextlib
 import functools
 import glob
 import io
@@ -299,9 +300,19 @@ def test_capitals_of_gold_answers(name, profile, row, gold, said, asked):
 def test_of_the_options_the_gold_one_is_right(name, profile, asked):
     for record in asked[name, profile].records:
         for choice in record["options"] or ():
-            decoded, restricted, understood = eval_vqa.judge(record, None, choice, BENCHMARKS[name].read, profile)
-            assert (decoded, restricted, understood) == (None, float(choice.lower() == record["gold"].lower()), choice)
-        assert eval_vqa.judge(record, None, None, BENCHMARKS[name].read, profile) == (None, None, None)
+            right = float(choice.lower() == record["gold"].lower())
+            assert judged(record, choice) == {"decoded": None, "restricted": right, "score": right, "understood": choice, "blind_score": None,
+                                              "blind_understood": None}
+            assert judged(record, None, choice)["blind_score"] == right
+        assert set(judged(record, None).values()) == {None}
+
+
+def judged(record, choice, blind=None):
+    """What a chosen option is worth"""
+    line = {"prediction": None, "choice": choice, "blind_prediction": None, "blind_choice": blind}
+    found = eval_vqa.judge({**record, "picture": "image", "place": (0, 0)}, line, None, "paper")
+    assert {key: found.pop(key) for key in line} == line and not {"picture", "place"} & set(found)
+    return {key: value for key, value in found.items() if key not in record}
 
 
 def test_an_option_whose_text_is_a_letter():
@@ -309,7 +320,7 @@ def test_an_option_whose_text_is_a_letter():
     row = {"question": "Which letter marks the root?", "options": ["b", "a", "C"], "answer": "0"}
     record = benchmarks.ai2d(row, "paper")
     assert record["gold"] == "A" and record["options"] == {"A": "b", "B": "a", "C": "C"}
-    assert [eval_vqa.judge(record, None, choice, None, "paper")[1] for choice in "ABC"] == [1, 0, 0]
+    assert [judged(record, choice)["restricted"] for choice in "ABC"] == [1, 0, 0]
 
 
 def test_own_options_are_compared_as_own_answers_are():
@@ -319,7 +330,7 @@ def test_own_options_are_compared_as_own_answers_are():
     assert list(options) == ["Light  blue", "red"]
     for record, right in zip(records, ("red", "red", "Light  blue", "Light  blue")):
         record |= {"gold": record["answer"], "options": options}
-        assert [eval_vqa.judge(record, None, choice, None, "paper")[1] for choice in options] == [choice == right for choice in options]
+        assert [judged(record, choice)["restricted"] for choice in options] == [choice == right for choice in options]
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------------------
@@ -335,7 +346,8 @@ def many(tmp_path_factory):
         name = hub_id.split("/")[1]
         change = {"MMBench_EN": lambda: {"index": row["index"] + 1000 * k}, "MMBench": lambda: {"index": row["index"] + 1000 * k},
                   "MMVP": lambda: {"Index": row["Index"] + 6 * k}, "NaturalBench-lmms-eval": lambda: {"Index": row["Index"] + 12 * k},
-                  "HallusionBench": lambda: {"set_id": str(k)}, "CV-Bench": lambda: {"source": "COCO"} if (row["idx"], k) == (5, 0) else {}, "MME": lambda: {
+                  "HallusionBench": lambda: {"set_id": str(k)},
+                  "CV-Bench": lambda: {"source": "COCO"} if (row["idx"], k) == (5, 0) else {}, "MME": lambda: {
                       "question_id": f"{k}/{row['question_id'].split('/')[1]}", "category": {
                       "existence": PERCEPTION[k], "count": PERCEPTION[k + 3], "OCR": PERCEPTION[k + 6], "code_reasoning": COGNITION[k],
                       "text_translation": COGNITION[3 - k]}[row["category"]]}}.get(name, dict)()
@@ -600,16 +612,16 @@ def test_every_answer_and_every_number(profile, asked, start_run, clip_run, ask,
                 right, understood = BENCHMARKS[name].read(record, said, profile)
                 nothing = BENCHMARKS[name].read(record, "#", profile)
                 assert (line["prediction"], line["score"], line["decoded"], line["understood"]) == (said, right, right, understood)
-                assert (line["blind"], line["blind_score"], line["blind_understood"]) == ("#", *nothing)
-                assert (line["question"], line["gold"], line["measure"]) == (record["question"], record["gold"], "decoded")
-                assert (line["choice"], line["restricted"]) == (None, None) and "picture" not in line
+                assert (line["blind_prediction"], line["blind_score"], line["blind_understood"]) == ("#", *nothing)
+                assert (line["question"], line["gold"]) == (record["question"], record["gold"]) and "picture" not in line
+                assert (line["choice"], line["blind_choice"], line["restricted"]) == (None, None, None)
                 expected.append({**record, "prediction": said, "score": right, "understood": understood})
             cell, number = found["table"][run][name], headline(name, expected, profile)
             cells[run][name] = expected
             number = number * 2000 / 600 if name == "mme" else number  # three of ten categories
             blind = .5 if name == "hallusionbench" else 0
             assert cell["score"][0] == pytest.approx(number) and cell["blind_score"] == [blind, *(cell["blind_score"][1:] if blind else [0, 0])]
-            assert cell["n"] == len(expected) and cell["source"] == source(name, profile)[0] and cell["measure"] == "decoded"
+            assert cell["n"] == len(expected) and cell["source"] == source(name, profile)[0] and cell["n_logprob"] == 0
             assert cell["not_understood"] == sum(line["understood"] is None for line in expected)
             assert cell["skipped"] == questions.skipped and cell["dropped"] == []
             lost = [a["score"] >= .5 > b["score"] for a, b in zip(cells["start"][name], expected)]
@@ -679,12 +691,13 @@ def test_all_sets_with_a_real_run(profile, asked, start_run, ask, tmp_path):
         for record, line in zip(records[:1], lines):
             assert model.generate([questions.picture(record)], [record["question"]], 3) == [line["prediction"]]
             assert (line["score"], line["understood"]) == BENCHMARKS[name].read(record, line["prediction"], profile)
-        assert all(line[key] is None for line in lines for key in ("blind", "blind_score", "blind_understood", "choice", "restricted"))
+        assert all(line[key] is None for line in lines for key in (
+            "blind_prediction", "blind_choice", "blind_score", "blind_understood", "choice", "restricted"))
     assert len({line["prediction"] for name in BENCHMARKS for line in saved(out, name, "start")}) > 20
     texts = [printed, *(open(out / name).read() for name in ("results.md", "report.html"))]
     assert all("about 3 random rows of each, seed 4" in text and "start, blind" not in text and "difference to" not in text for text in texts)
     assert set(results(out)["table"]["start"]["mmvp"]) & {"blind_score", "score"} == {"score"}
-    assert "No answer flipped" in texts[2] and results(out)["args"]["limit"] == 3
+    assert "No question to show" in texts[2] and results(out)["args"]["limit"] == 3
 
 
 def test_a_part_of_a_group_has_no_average(asked, start_run, ask, tmp_path):
@@ -700,28 +713,30 @@ def test_logprob(asked, start_run, clip_run, ask, tmp_path):
     for name in names:
         for record, line in zip(asked[name, "paper"].records, saved(out, name, "start")):
             if record["options"] is None:
-                assert line["measure"] == "decoded" and line["choice"] is None is line["restricted"]
+                assert line["choice"] is None is line["restricted"] and line["blind_choice"] is None
                 assert (line["score"], line["understood"]) == BENCHMARKS[name].read(record, line["prediction"], "paper")
                 continue
-            assert line["measure"] == "restricted" and line["prediction"] is None is line["decoded"] and line["understood"] == line["choice"]
+            assert line["prediction"] is None is line["decoded"] and line["blind_prediction"] is None and line["understood"] == line["choice"]
             assert line["score"] == line["restricted"] == float(line["choice"].lower() == record["gold"].lower())
-            assert line["blind_score"] == float(line["blind"].lower() == record["gold"].lower()) and line["blind_understood"] == line["blind"]
+            assert line["blind_score"] == float(line["blind_choice"].lower() == record["gold"].lower())
+            assert line["blind_understood"] == line["blind_choice"]
             if int(record["row"]) < 3:
                 picture = asked[name, "paper"].picture(record)
-                for image, choice in ((picture, line["choice"]), (Image.new("RGB", picture.size, (128, 128, 128)), line["blind"])):
+                for image, choice in ((picture, line["choice"]), (
+                        Image.new("RGB", picture.size, (128, 128, 128)), line["blind_choice"])):
                     logps = {option: model.logps([image], [record["question"]], [option]).item() for option in record["options"]}
                     assert choice == max(logps, key=logps.get)
-                chosen.add((line["choice"], line["blind"]))
+                chosen.add((line["choice"], line["blind_choice"]))
     assert len(chosen) > 3
     cells = results(out)["table"]["start"]
-    assert [cells[name]["measure"] for name in names] == ["restricted", "restricted", "decoded", "decoded/restricted", "restricted"]
+    assert [(cells[name]["n"], cells[name]["n_logprob"]) for name in names] == [(6, 6), (9, 9), (6, 0), (7, 5), (12, 12)]
     for text in (printed, open(out / "results.md").read(), open(out / "report.html").read()):
-        assert "logprob: the likeliest option is scored, which is easier than what is written" in text and "F1, logprob" in text
-        assert "relaxed accuracy, logprob" not in text and "accuracy, logprob" in text
+        assert "logprob: the likeliest option is scored, usually easier than what is written" in text and "F1, logprob" in text
+        assert "relaxed accuracy, logprob" not in text and "accuracy, partly logprob" in text and "accuracy of pairs, logprob" in text
     lines = [{**line, "prediction": line["choice"]} for line in saved(out, "pope", "start")]
     assert cells["pope"]["scorer"] == pytest.approx(metrics.pope_score(lines, "paper"))
     assert cells["pope"]["score"][0] == pytest.approx(cells["pope"]["scorer"]["f1"])
-    lines = [{**line, "prediction": line["blind"]} for line in saved(out, "pope", "start")]
+    lines = [{**line, "prediction": line["blind_choice"]} for line in saved(out, "pope", "start")]
     assert cells["pope"]["blind_score"][0] == pytest.approx(metrics.pope_score(lines, "paper")["f1"])
 
 
@@ -754,7 +769,7 @@ def test_a_stopped_run_goes_on(stop, start_run, clip_run, ask, heard, tmp_path):
     arguments = (start_run, clip_run, "--benchmarks", "mmvp", "pope", *QUICK, "--gallery", 0)
     ask(*arguments, "--out", whole)
     every, heard.questions, heard.calls, heard.stop = heard.questions, [], 0, stop
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="--resume goes on"):
         ask(*arguments, "--out", out)
     assert not out.exists() and heard.calls == stop
     written = sorted((tmp_path / "out.tmp").glob("*/*.jsonl"), key=os.path.getmtime)
@@ -772,7 +787,7 @@ def test_a_stopped_run_goes_on(stop, start_run, clip_run, ask, heard, tmp_path):
     assert results(out)["table"] == results(whole)["table"]
 
 
-def test_what_is_new_is_answered_and_nothing_else(start_run, clip_run, ask, heard, tmp_path):
+def test_what_is_new_is_answered_and_nothing_else(make, start_run, clip_run, ask, heard, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
     ask(start_run, "--benchmarks", "mmvp", *QUICK, "--out", out)
     before, heard.questions = contents(out)["mmvp/start.jsonl"], []
@@ -787,7 +802,7 @@ def test_what_is_new_is_answered_and_nothing_else(start_run, clip_run, ask, hear
     assert results(whole)["table"] == results(out)["table"]
     ask(start_run, "--benchmarks", "gqa", *QUICK, "--out", out, "--resume")  # fewer: the others stay for another time
     assert list(results(out)["table"]) == ["start"] and list(results(out)["table"]["start"]) == ["gqa"] and (out / "mmvp/clip.jsonl").exists()
-    shutil.copytree(start_run, tmp_path / "other/clip")  # and are remembered
+    make(feature_layer=-1).save(str(tmp_path / "other/clip"))  # and are remembered
     refused(lambda: ask(tmp_path / "other/clip", "--benchmarks", "mmvp", *QUICK, "--out", out, "--resume"), "clip is not what it was")
 
 
@@ -801,22 +816,19 @@ def test_another_run_is_not_gone_on_with(start_run, clip_run, ask, hub, heard, t
     before, heard.questions = contents(out), []
     for flag, value in (("profile", "lmms"), ("limit", 4), ("score", "logprob"), ("blind", "true"), ("max_new_tokens", 4), ("reader", clip_run),
                         ("seed", 1)):
-        refused(lambda: ask(*arguments, f"--{flag}", value, "--resume", copies=folder), f"--{flag} ", str(out), str(value).replace("true", "True"))
+        refused(lambda: ask(*arguments, f"--{flag}", value, "--resume", copies=folder), f"--{flag} ", str(out), "another --out")
     refused(lambda: ask(run, *QUICK, "--out", out, "--data", "scenes/test/vqa", "--n", 2, "--resume", copies=None), "--resume", str(out))
     refused(lambda: ask(*arguments, copies=folder), "--out", str(out), "exists already")
     put_changed(folder, "mmvp", lambda rows: rows[3].update(Question="Is the dog asleep?"))
     refused(lambda: ask(*arguments, "--resume", copies=folder), "mmvp is not what it was")
     put_changed(folder, "mmvp", lambda rows: rows[3].update(image=rows[2]["image"]))
     refused(lambda: ask(*arguments, "--resume", copies=folder), "mmvp is not what it was")
-    put_changed(folder, "mmvp", lambda rows: rows[3].update({"Correct Answer": "(b)"}))
+    put_changed(folder, "mmvp", lambda rows: rows[3].update(Options="(a) Left (b) Right (c) Up"))
     refused(lambda: ask(*arguments, "--resume", copies=folder), "mmvp is not what it was")
     put_changed(folder, "mmvp", lambda rows: None)
-    for path in ("connector.safetensors", "vision/model.safetensors", "llm/model.safetensors"):  # training may leave any of them as it is
-        path = os.path.join(run, path)
-        weights = load_file(path)
-        save_file({name: weight * 1.01 for name, weight in weights.items()}, path, {"format": "pt"})
-        refused(lambda: ask(*arguments, "--resume", copies=folder), "start is not what it was")
-        save_file(weights, path, {"format": "pt"})
+    path = os.path.join(run, "connector.safetensors")
+    save_file({name: weight * 1.01 for name, weight in load_file(path).items()}, path)
+    refused(lambda: ask(*arguments, "--resume", copies=folder), "start is not what it was")
     assert contents(out) == before and not (tmp_path / "out.tmp").exists() and heard.questions == []
     for_other = tmp_path / "other"
     for_other.mkdir()
@@ -825,20 +837,37 @@ def test_another_run_is_not_gone_on_with(start_run, clip_run, ask, hub, heard, t
     assert (for_other / "precious.txt").read_text() == "mine"
 
 
-def test_own_data_with_an_answer_corrected(start_run, ask, tmp_path):
-    """A corrected answer is not gone on with: saved scores are those of the old one"""
-    for i in range(3):
-        Image.new("RGB", (24, 24), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    rows = [{"image": f"{i}.png", "question": "what color is it?", "answer": answer} for i, answer in enumerate(("red", "blue", "rde"))]
+def test_a_corrected_answer_is_scored_anew(start_run, ask, heard, hub, tmp_path):
+    """Nothing is asked for it; but options that are not the same are another question"""
+    for i in range(4):
+        Image.new("RGB", (24, 24), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": "what color is it?", "answer": answer} for i, answer in enumerate(("red", "blue", "blue", "red"))]
     write = lambda: (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write()
     arguments = (start_run, "--data", tmp_path / "my.jsonl", *QUICK, "--out", tmp_path / "out")
     ask(*arguments, copies=None)
-    assert [line["gold"] for line in saved(tmp_path / "out", "", "start")] == ["red", "blue", "rde"]
+    before = saved(tmp_path / "out", "", "start")
+    assert [line["gold"] for line in before] == ["red", "blue", "blue", "red"] and {line["restricted"] for line in before} == {0, 1}
+    rows[1]["answer"], heard.questions = "red", []
+    write()
     ask(*arguments, "--resume", copies=None)
-    rows[2]["answer"] = "red"
+    after = saved(tmp_path / "out", "", "start")
+    assert after[1]["gold"] == "red" and after[1]["restricted"] == 1 - before[1]["restricted"] and heard.questions == []
+    assert [line["restricted"] for line in after if line["row"] != 1] == [line["restricted"] for line in before if line["row"] != 1]
+    assert results(tmp_path / "out")["table"]["start"]["all"]["restricted"][0] == np.mean([line["restricted"] for line in after])
+    rows[2]["answer"] = "green"
     write()
     refused(lambda: ask(*arguments, "--resume", copies=None), "my.jsonl is not what it was")
+
+    folder = put_changed(tmp_path / "hub", "mmvp", lambda rows: None)
+    arguments = (start_run, "--benchmarks", "mmvp", *QUICK, "--score", "logprob", "--out", tmp_path / "mmvp")
+    ask(*arguments, copies=folder)
+    before = saved(tmp_path / "mmvp", "mmvp", "start")
+    put_changed(folder, "mmvp", lambda rows: [row.update({"Correct Answer": "(b)"}) for row in rows] and None)
+    ask(*arguments, "--resume", copies=folder)
+    after = saved(tmp_path / "mmvp", "mmvp", "start")
+    assert [line["choice"] for line in after] == [line["choice"] for line in before] and {line["gold"] for line in after} == {"B"}
+    assert [line["score"] for line in after] == [float(line["choice"] == "B") for line in after] != [line["score"] for line in before]
 
 
 def test_two_processes_answer_as_one(start_run, ask, hub, tmp_path):
@@ -878,13 +907,13 @@ def test_the_share_of_a_process(asked, tmp_path):
         return SimpleNamespace(generate=generate)
     args = SimpleNamespace(batch_size=2, folder=str(tmp_path), score="decoded", blind=False, max_new_tokens=None, profile="paper")
     questions, path = asked["pope", "paper"], str(tmp_path / "a.jsonl")
-    eval_vqa.gather(questions.records, path)
+    eval_vqa.gather(questions, path, "paper")
     for rank in range(3):
-        eval_vqa.answer_all(lambda: answerer(rank), questions, path, args, rank, 3)
+        eval_vqa.answer_all(lambda: answerer(rank), questions, path, args, contextlib.nullcontext, rank, 3)
     assert {rank: len(batches) for rank, batches in asked_of.items()} == {0: 2, 1: 2, 2: 1} and os.path.getsize(path) == 0
     assert sorted(sum(sum(asked_of.values(), []), [])) == sorted(record["question"] for record in questions.records)
-    lines, dropped = eval_vqa.gather(questions.records, path)
-    assert [line["row"] for line in lines] == list("012345678") and dropped == [] and os.listdir(tmp_path) == ["a.jsonl"]
+    lines, dropped = eval_vqa.gather(questions, path, "paper")
+    assert list(lines) == [line["row"] for line in lines.values()] == list("012345678") and dropped == {} and os.listdir(tmp_path) == ["a.jsonl"]
     for size in (1, 4, 100):
         batches = eval_vqa.in_batches(questions.records, size)
         line = [record for batch in batches for record in batch]
@@ -932,11 +961,10 @@ def test_log_probabilities_of_a_hub_model(start_run, exported, asked):
     questions = asked["seed", "paper"]
     images, texts = [questions.picture(record) for record in questions.records[:3]], [record["question"] for record in questions.records[:3]]
     options = [["A", "a much longer option", ""], ["yes"], ["On the wall", "C"]]
-    ours, theirs = run.option_logps(images, texts, options, 2), hub.option_logps(images, texts, options)
+    ours, theirs = run.option_logps(images, texts, options), hub.option_logps(images, texts, options)
     assert [len(each) for each in theirs] == [3, 1, 2]
     for mine, its in zip(ours, theirs):
         assert its == pytest.approx(mine, abs=2e-4)
-    assert hub.map(images[0], texts[0], "A") is None
 
 
 @pytest.fixture(scope="module")
@@ -1043,11 +1071,12 @@ def test_rows_that_are_malformed(tmp_path):
     def mmmu(rows):
         rows[0]["options"], rows[2]["options"], rows[3]["options"], rows[4]["answer"] = "not a list", "['unclosed", "5", "[1, 2"
     questions = benchmarks.Questions(BENCHMARKS["mmmu"], "paper", put_changed(tmp_path, "mmmu", mmmu))
-    assert [record["row"] for record in questions.records] == list("156") and [text.split(" is not")[0] for text in questions.dropped] == [
+    assert [record["row"] for record in questions.records] == list("156") and [text.split(" cannot")[0] for text in questions.dropped] == [
         f"MMMU row {row}" for row in (0, 2, 3, 4)] and all("\n" not in text and "(" in text for text in questions.dropped)
     folder = put_changed(tmp_path, "mmvp", lambda rows: rows[1].update(Options=None))
     questions = benchmarks.Questions(BENCHMARKS["mmvp"], "lmms", folder)
-    assert [record["row"] for record in questions.records] == list("2345") and len(questions.dropped) == 1 and "MMVP row 1 " in questions.dropped[0]
+    assert [record["row"] for record in questions.records] == list("2345") and len(questions.dropped) == 2
+    assert "MMVP row 1 cannot be used" in questions.dropped[0] and questions.dropped[1] == "MMVP row 0 counts together with MMVP row 1"
     like, rows = stored_rows("lmms-lab-encoder/GQA", "testdev_balanced_images", "testdev")
     changed = stored_rows(*SOURCE["gqa"])
     changed[1][1]["imageId"] = "lost"
@@ -1082,10 +1111,10 @@ def test_pictures_that_cannot_be_read(start_run, ask, heard, tmp_path):
     printed = ask(*arguments, copies=folder)
     assert len(heard.questions) == 5 + 2 + 6
     lines, table = saved(out, "mmvp", "start"), results(out)["table"]["start"]
-    assert [line["row"] for line in lines] == list("012345") and sorted(lines[2]) == ["dropped", "row"]
+    assert [line["row"] for line in lines] == list("013452") and sorted(lines[5]) == ["dropped", "row"]
     assert table["mmvp"]["n"] == 4 and table["docvqa"]["n"] == 2
     assert [text.split(":")[0] for text in table["mmvp"]["dropped"] + table["docvqa"]["dropped"]] == [
-        "MMVP row 2", *(f"DocVQA row {row}" for row in (0, 1, 4, 5))]
+        "MMVP row 2", "row 3 counts together with another that cannot be used", *(f"DocVQA row {row}" for row in (0, 1, 4, 5))]
     assert table["mmmu"]["n"] == 6 and len(table["mmmu"]["dropped"]) == 1
     assert all(f"dropped     {name}" in printed for name in ("MMVP row 2: ", "DocVQA row 5: ", "MMMU row 0 "))
     assert "cannot be read" in table["mmvp"]["dropped"][0] and "it has no picture" in table["docvqa"]["dropped"][3]
@@ -1093,9 +1122,10 @@ def test_pictures_that_cannot_be_read(start_run, ask, heard, tmp_path):
     assert table["mmvp"]["score"][0] == metrics.mmvp_score(kept, "paper")["pair_accuracy"] and table["mmvp"]["scorer"]["accuracy"] == np.mean(
         [line["score"] for line in kept])
     assert "unreadable pictures or rows" in printed
-    assert [line.split()[-1] for line in printed.split("rows that were not asked\n")[1].splitlines()[1:4]] == ["1", "4", "1"]
+    assert [line.split()[-1] for line in printed.split("rows that were not asked\n")[1].splitlines()[1:4]] == ["2", "4", "1"]
     ask(*arguments, "--resume", copies=folder)
-    assert len(heard.questions) == 5 + 2 + 6 and results(out)["table"]["start"] == table
+    assert len(heard.questions) == 5 + 2 + 6 and re.sub("0x[0-9a-f]+", "", repr(results(out)["table"]["start"])) == re.sub(
+        "0x[0-9a-f]+", "", repr(table))  # PIL names a place in memory
 
 
 def test_no_picture_can_be_read(start_run, ask, tmp_path):

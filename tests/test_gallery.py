@@ -196,13 +196,13 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             gallery.write(path, "t", [], [], [])
     assert os.listdir(tmp_path) == ["report.html"] and path.read_text() == "before"
     gallery.write(str(path), "t", [], [], [])
-    assert os.listdir(tmp_path) == ["report.html"] and "No answer flipped" in path.read_text(encoding="utf-8")
+    assert os.listdir(tmp_path) == ["report.html"] and "No question to show" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("cards", [[], [card(0), card(1)]], ids=("nothing flipped", "one model"))
 def test_without_a_comparison_nothing_is_compared(page, cards):
     root = page(cards, tables=[("score", ["run", "MME"], [["m0", "50"]])])
-    assert ("No answer flipped: the models answered alike, or there was only one." in words(root)) == (not cards)
+    assert ("No question to show: the models answered alike, there was only one, or no gallery was asked for." in words(root)) == (not cards)
     assert len(all_of(root, "article")) == len(cards) and not list(root.iter("fieldset")) and "Compared" not in words(root)
     assert "gradient" not in words(next(root.iter("main"))) and "50" in [words(e) for e in root.iter("td")]
 
