@@ -270,6 +270,7 @@ class Scenes:
             kind = "count" if kind == "relation" and len(scene) == 1 else kind  # a relation needs two
             question, answer, asked = ask(rng, scene, kind)
         return {"question": question, "answer": answer, "kind": kind, "box": boxes.get(asked),
+                "reward": "place" if kind == "place" else "exact",  # how train_grpo.py judges an answer (rewards.py)
                 "category": "knowledge" if kind in KNOWLEDGE_KINDS else "vision-centric"}
 
 

@@ -10,6 +10,8 @@ The reference is the starting checkpoint. It never changes, so its log-probs are
 Log-probs are sums over response tokens (PIVOT, arXiv 2510.16333, Eq. 1; its code: beta 0.1, lr 1e-6, 3 epochs of 20,000
 pairs, 256 pairs a step, all three parts trained).
 
+    python train_dpo.py --init runs/stage1 --dpo_weight 0.8 --bco_weight 0.2 --sft_weight 1 --out runs/mpo   MPO
+
     diff train_sft.py train_dpo.py
 
 is the whole difference between the arms. Left out of the paper's method: fp16 and ZeRO over eight GPUs, sampling by
@@ -41,8 +43,11 @@ parser.add_argument("--beta", type=float, default=0.1,
                     help="how strongly to stay near the reference (a factor on summed log-ratios)")
 parser.add_argument("--label_smoothing", type=float, default=0.0,
                     help="assumed share of pairs whose preference is the wrong way round (cDPO)")
+parser.add_argument("--dpo_weight", type=float, default=1.0, help="weight of the preference loss (MPO: 0.8)")
+parser.add_argument("--bco_weight", type=float, default=0.0,
+                    help="weight of an added quality loss: is each answer good by itself? (MPO: 0.2)")
 parser.add_argument("--sft_weight", type=float, default=0.0,
-                    help="weight of an added SFT loss on the chosen answers (token mean)")
+                    help="weight of an added SFT loss on the chosen answers, token mean (MPO: 1.0)")
 parser.add_argument("--reference", choices=("remembered", "live"), default="remembered",
                     help="remembered: the reference's log-probs are computed once, kept in INIT.reference/ and found "
                          "there by later runs; live: a second model in memory computes them at every step")
@@ -64,6 +69,16 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     margin = chosen - rejected
     losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return losses, chosen.detach(), rejected.detach()
+
+
+def bco_loss(chosen_rewards, rejected_rewards, shift):
+    """The quality term of MPO (Wang et al. 2024, arXiv 2411.10442, Eq. 4; BCO: Jung et al. 2024): is each answer by
+    itself above or below the usual reward? rewards beta * (log pi - log ref) with gradient, (B,); shift: a number.
+
+        loss = -log sigmoid(r_c - shift) - log sigmoid(-(r_r - shift))          -> losses (B,); 2 log 2 at the start
+
+    shift is the mean of all rewards so far; here of all steps before, whatever the micro-batches are."""
+    return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
 
 
 class Reference:
@@ -178,7 +193,7 @@ def main():
                 return batch.per_response(frozen.response_logps(batch))
 
     # ---- train
-    n_dropped, n_pairs_since, since = 0, 0, time.time()
+    n_dropped, n_pairs_since, since, all_rewards, n_all, shift = 0, 0, time.time(), 0.0, 0, 0.0
     bar = tqdm(data.batches(collator, steps, micro_batch, args.workers), total=len(steps), desc="dpo")
     for step, micro_batches in enumerate(bar):
         for _, dropped in micro_batches:
@@ -198,8 +213,11 @@ def main():
             reference_chosen, reference_rejected = rearrange(reference_logps, "(b two) -> two b", two=2)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 policy_chosen, policy_rejected, reference_chosen, reference_rejected, args.beta, args.label_smoothing)
+            quality = bco_loss(args.beta * (policy_chosen - reference_chosen),
+                               args.beta * (policy_rejected - reference_rejected), shift)
             sft = -policy_chosen.sum() / n_chosen_tokens                        # token mean of the step, as in SFT
-            loss = losses.sum() / n_pairs + args.sft_weight * sft
+            loss = args.dpo_weight * losses.sum() / n_pairs + args.bco_weight * quality.sum() / n_pairs + \
+                args.sft_weight * sft
             loss.backward()
             margins = chosen_rewards - rejected_rewards
             won = (margins > 0).float() + .5 * (margins == 0)                   # a tie is half a win: it starts at .5
@@ -208,7 +226,9 @@ def main():
                                 "rejected_logp": policy_rejected.detach()}.items():
                 sums[name] = sums.get(name, 0) + value.sum() / n_pairs          # stays on the device until it is logged
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        n_pairs_since += n_pairs
+        n_pairs_since, n_all = n_pairs_since + n_pairs, n_all + n_pairs
+        all_rewards += n_pairs * (sums["chosen_reward"] + sums["rejected_reward"]) / 2
+        shift = all_rewards / n_all                                             # what BCO measures the next step by
         if run.step(step, {**sums, **optimizer.step(step)}, lambda: {
                 **drift(), "pairs_per_s": n_pairs_since / (time.time() - since), "dropped": n_dropped,
                 "peak_mb": common.peak_memory_mb(device)}):

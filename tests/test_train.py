@@ -272,6 +272,52 @@ def test_sft_weight_adds_the_token_mean(train, start_run):
     assert lines[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_mpo_is_its_three_terms(train, start_run, tmp_path):
+    """0.8 DPO + 0.2 BCO + 1.0 SFT of each step, the mean of all earlier rewards as BCO's shift, micro-batched or not"""
+    flags = ("--dpo_weight", .8, "--bco_weight", .2, "--sft_weight", 1, "--beta", .3, "--warmup", 0)
+    _, lines = train("dpo", *flags, "--micro_batch", 2)
+    _, whole = train("dpo", *flags, out="whole")
+    assert lines[1]["loss"] == pytest.approx(whole[1]["loss"], rel=1e-4)
+    model, rows = MLLM.load(start_run), data.load(PAIRS, "pairs", 12)
+    numbers = row_order(rows)[0]
+    n_tokens = sum(len(model.chat.response_ids(rows[i]["chosen"])) for i in numbers)
+    sft = -float(slow_logps(model, rows, numbers, "chosen").sum()) / n_tokens
+    assert lines[0]["loss"] == pytest.approx(.8 * math.log(2) + .2 * 2 * math.log(2) + sft, rel=1e-5)
+    weighed = {}
+    for name in ("dpo", "bco", "sft"):                                            # of a second step, each term by itself
+        only = [flag for key in ("dpo", "bco", "sft") for flag in (f"--{key}_weight", float(key == name))]
+        weighed[name] = train("dpo", *only, "--beta", .3, "--lr", 1e-9, out=name)[1][1]["loss"]  # so small a rate: the start again
+    assert weighed["dpo"] == pytest.approx(math.log(2), abs=1e-4) and weighed["bco"] == pytest.approx(2 * math.log(2), abs=1e-4)
+
+
+def test_bco_shifts_by_the_mean_of_earlier_rewards(train):
+    """The second step's BCO loss, from the rewards that the log tells: those of the first step are 0, so the shift is 0; the third's is not"""
+    _, lines = train("dpo", "--dpo_weight", 0, "--bco_weight", 1, "--epochs", 2, "--beta", .3)
+    rewards = [(line["chosen_reward"] + line["rejected_reward"]) / 2 for line in lines]
+    assert rewards[0] == 0 and abs(rewards[1]) > 1e-3
+    seen = []
+    real = train_dpo.bco_loss
+    train_dpo.bco_loss = lambda chosen, rejected, shift: (seen.append(float(shift)), real(chosen, rejected, shift))[1]
+    try:
+        train("dpo", "--dpo_weight", 0, "--bco_weight", 1, "--epochs", 2, "--beta", .3, "--micro_batch", 3, out="again")
+    finally:
+        train_dpo.bco_loss = real
+    expected = [sum(rewards[:step]) / max(1, step) for step in range(4) for _ in range(2)]
+    assert seen == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_bco_by_hand():
+    """-log sigmoid(r_c - shift) - log sigmoid(-(r_r - shift)), and its gradient"""
+    chosen, rejected = torch.tensor([.5, -1.], requires_grad=True), torch.tensor([.2, 3.], requires_grad=True)
+    losses = train_dpo.bco_loss(chosen, rejected, .1)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    by_hand = [-math.log(sigmoid(c - .1)) - math.log(sigmoid(-(r - .1))) for c, r in ((.5, .2), (-1, 3))]
+    assert losses.tolist() == pytest.approx(by_hand)
+    losses.sum().backward()
+    assert chosen.grad.tolist() == pytest.approx([sigmoid(.5 - .1) - 1, sigmoid(-1.1) - 1])
+    assert rejected.grad.tolist() == pytest.approx([sigmoid(.2 - .1), sigmoid(3 - .1)])
+
+
 @both
 def test_a_run_directory_is_complete(stage, train, start_run):
     # what later stages read: finite numbers under the promised names, settings that say what was run, nothing temporary left over
