@@ -6,12 +6,13 @@ Who answers: a run of ours, or any image-text-to-text model of transformers. Bot
 
 and a run can say where in a picture the gradient of its answer lies.
 """
+import glob
 import hashlib
 import os
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import common
 from artefacts import answer_map
@@ -21,20 +22,27 @@ from trees import pack
 
 def identity(model, is_hub):
     """A short name of a model's contents, so that saved answers are not taken for another model's: of a run the hash of
-    its config and connector, of another folder its files' sizes and times, of a hub id the id"""
-    if is_hub and not os.path.isdir(model):
-        return model
+    its config and of samples of its weights, of another folder its files' sizes and times, of a hub id the id"""
+    is_run = os.path.isfile(os.path.join(model, "connector.safetensors"))
     if is_hub:
+        if is_run:
+            raise InputError(f"{model} is a run directory: name it without --hf")
+        opened(AutoConfig, model)  # so that a wrong name is known before others have answered everything
+        if not os.path.isdir(model):
+            return model
         files = sorted(os.scandir(model), key=lambda file: file.name)
         return common.digest(*(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files))
+    if not is_run:
+        raise InputError(f"{model} is not a run directory: it has no connector.safetensors" + "; a model of "
+                         "transformers goes behind --hf" * os.path.isfile(os.path.join(model, "config.json")))
     contents = hashlib.sha256()
-    for name in ("config.json", "connector.safetensors"):
-        path = os.path.join(model, name)
-        if not os.path.isfile(path):
-            raise InputError(f"{model} is not a run directory: it has no {name}" + "; a model of transformers goes "
-                             "behind --hf" * os.path.isfile(os.path.join(model, "config.json")))
+    for path in [os.path.join(model, "config.json"),
+                 *sorted(glob.glob(os.path.join(glob.escape(model), "**", "*.safetensors"), recursive=True))]:
+        size, block = os.path.getsize(path), 2**16
         with open(path, "rb") as f:
-            contents.update(f.read())
+            for at in np.linspace(0, max(0, size - block), 64, dtype=int).tolist():  # 4 MB of a file are enough
+                f.seek(at)
+                contents.update(f.read(block))
     return contents.hexdigest()[:16]
 
 
@@ -84,8 +92,6 @@ class HubModel:
     processor and chat template. Never runs remote code."""
 
     def __init__(self, name, device):
-        if os.path.isdir(os.path.join(name, "vision")):
-            raise InputError(f"{name} is a run directory: name it without --hf")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = opened(AutoModelForImageTextToText, name, dtype=dtype).to(device).eval()
         self.processor = opened(AutoProcessor, name)

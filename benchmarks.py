@@ -87,7 +87,8 @@ def mme(row, profile):
     text = row["question"].strip()
     if profile == "lmms":
         text = text.replace(" Please answer yes or no.", "")
-    return {"question": f"{text}\n{SHORT}", "gold": row["answer"], "options": {"Yes": "yes", "No": "no"}}
+    return {"question": f"{text}\n{SHORT}", "gold": row["answer"].strip().rstrip("."),
+            "options": {"Yes": "yes", "No": "no"}}
 
 
 def seed(row, profile):
@@ -296,7 +297,8 @@ def read_mathvista(row, prediction, profile):
     said, gold = prediction.lower().strip(), row["gold"].lower()
     if row["options"]:  # Cambrian meant this, but asks for another question_type than the data has, so that it never is
         said = said.split(".")[0]
-    return float(said == gold or metrics.near(gold, said)), said or None
+    right = float(said == gold or metrics.near(gold, said))
+    return right, said or None if not row["options"] or said.upper() in row["options"] else None
 
 
 def read_mmvp(row, prediction, profile):
@@ -314,7 +316,8 @@ def read_realworldqa(row, prediction, profile):
     said = prediction.lower().strip().rstrip(".")
     if profile == "paper":
         said = (metrics.after_answer_is(prediction).rstrip(".").split() or [""])[0]
-    return float(said == row["gold"].lower()), said or None
+    right = float(said == row["gold"].lower())
+    return right, said or None if not row["options"] or said.upper() in row["options"] else None
 
 
 def read_naturalbench(row, prediction, profile):

@@ -4,6 +4,7 @@ Data on the shelf: sets that come as archives are unpacked into rows.jsonl, and 
     python data.py prepare mmpr-v1.2 --out data/mmpr           PIVOT's 20,000 pairs, by its rules and its seed
     python data.py prepare llava-pretrain --out data/llava     558k captions
     python data.py prepare vlaa-thinking --out data/vlaa       126k answers that think aloud
+    python data.py prepare vlaa-thinking-grpo --out data/grpo  25k questions with rewards
     python data.py prepare llava-onevision/ureader_qa --out data/ureader_qa
     python data.py show rlaif-v --n 8 --out sheet.png          a contact sheet with text
 
@@ -47,8 +48,14 @@ SETS = {  # name -> hub id, the files that it needs, those of them that hold its
                        ("blip_laion_cc_sbu_558k.json",)),
     "vlaa-thinking": ("UCSC-VLAA/VLAA-Thinking", ("VLAA-Thinking-SFT-126K.json", "images/*"),
                       ("VLAA-Thinking-SFT-126K.json",)),
+    "vlaa-thinking-grpo": ("UCSC-VLAA/VLAA-Thinking", ("VLAA-Thinking-GRPO-25K.json", "images/*"),
+                           ("VLAA-Thinking-GRPO-25K.json",)),
     "llava-onevision": ("lmms-lab/LLaVA-OneVision-Data", ("{config}/*",), ("*.json", "*.jsonl")),
 }
+
+VLAA_REWARDS = {  # part of a picture's folder -> the reward of its questions (VLAA-Thinker, section 4.2; rewards.py)
+    "clevr": "digit", "geoqa": "letter", "arxivqa": "letter", "puma": "math", "synthesis": "math", "coco": "iou",
+    "vg": "iou", "docvqa": "open", "vizwiz": "open", "allava": "open"}
 
 parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
                                  formatter_class=common.Help)
@@ -293,6 +300,15 @@ def other_rows(files, patterns, dropped):
                 yield {**record, **{key: row[key] for key in ("id", "gt") if key in row}}, entry
 
 
+def to_reward(record, path):
+    """A row of VLAA-Thinking for train_grpo.py: its short right answer instead of the long one, and how to judge"""
+    kind = next((kind for part, kind in VLAA_REWARDS.items() if part in path.lower()), None)
+    if kind is None:
+        raise InputError(f"{path} is of no source of VLAA-Thinking; known are {', '.join(VLAA_REWARDS)}")
+    answer = record["gt"] if isinstance(record["gt"], str) else json.dumps(record["gt"])
+    return {**{key: record[key] for key in ("id", "question") if key in record}, "answer": answer, "reward": kind}
+
+
 def prepare(args):
     """Fills OUT: rows.jsonl, images/, manifest.json. Raises InputError, one line"""
     name, _, config = args.name.partition("/")
@@ -323,6 +339,11 @@ def prepare(args):
     with open(part, "w", encoding="utf-8") as f:
         for record, entry in tqdm(rows, total=limit, desc="select", unit="record"):
             path = entry[0] if entry[0].startswith("images/") else f"images/{entry[0]}"
+            if name == "vlaa-thinking-grpo":
+                if record.get("gt") is None:
+                    dropped["no right answer"] += 1
+                    continue
+                record = to_reward(record, path)
             entries[path, *entry[1:]] = None  # a set that keeps its order
             f.write(json.dumps({"image": path, **record}, ensure_ascii=False) + "\n")
             n += 1

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model import InputError, first_line
 from scenes import WORLDS, Scenes
@@ -222,7 +222,8 @@ def open_picture(image, folder=None):
     except FileNotFoundError:
         raise BadRow(f"there is no picture {path}") from None
     except Exception as error:  # whatever PIL says of a broken file, the reader wants the file's name
-        raise BadRow(f"{f'picture {path}' if path else 'its picture'} cannot be read ({error})") from None
+        why = "it is not one" if isinstance(error, UnidentifiedImageError) else error  # which says only where it lies
+        raise BadRow(f"{f'picture {path}' if path else 'its picture'} cannot be read ({why})") from None
 
 
 class Mixture:

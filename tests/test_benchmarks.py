@@ -486,6 +486,12 @@ def test_chance_of_half_yes():
     assert comparison.chance(BENCHMARKS["pope"], [row("yes"), row("no")]) == pytest.approx(.5)
 
 
+def test_groups_of_own_data():
+    """A kind that is called like the whole is not counted twice"""
+    lines = [{"category": category, "kind": kind} for category, kind in ((None, "all"), ("x", "x"), ("x", "y"), (None, None))]
+    assert comparison.own_groups(lines) == {"all": [0, 1, 2, 3], "x": [1, 2], "y": [2]}
+
+
 def test_the_groups_and_their_means():
     assert [len(names) for names in eval_vqa.PAPER.values()] == [4, 4, 4, 4] and len(eval_vqa.GROUPS["more"]) == 6
     assert sorted(sum(eval_vqa.GROUPS.values(), [])) == sorted(BENCHMARKS) and len(BENCHMARKS) == 22
@@ -658,7 +664,7 @@ def test_every_answer_and_every_number(profile, asked, start_run, clip_run, ask,
         html = file.read()
     assert found["args"]["profile"] == profile
     words = {"paper": "Cambrian-1", "lmms": "lmms-eval"}
-    assert f"prompts and rules of {words[profile]} (profile {profile})" in html
+    assert f"prompts and rules of {words[profile]} (profile {profile})" in html and "blind: the same questions with a grey picture" in html
     other = PROFILES[profile == "paper"]
     for text in (printed, page, html):
         assert f"profile {profile}" in text and f"profile {other}" not in text and "random rows" not in text
@@ -697,7 +703,7 @@ def test_all_sets_with_a_real_run(profile, asked, start_run, ask, tmp_path):
     texts = [printed, *(open(out / name).read() for name in ("results.md", "report.html"))]
     assert all("about 3 random rows of each, seed 4" in text and "start, blind" not in text and "difference to" not in text for text in texts)
     assert set(results(out)["table"]["start"]["mmvp"]) & {"blind_score", "score"} == {"score"}
-    assert "No question to show" in texts[2] and results(out)["args"]["limit"] == 3
+    assert "No question to show" in texts[2] and "grey picture" not in texts[2] and results(out)["args"]["limit"] == 3
 
 
 def test_a_part_of_a_group_has_no_average(asked, start_run, ask, tmp_path):
@@ -777,6 +783,7 @@ def test_a_stopped_run_goes_on(stop, start_run, clip_run, ask, heard, tmp_path):
     rows = [0, 4, 6, 10, 14, 15, 19, 21, 25, 29][stop - 1]  # of calls about 4 or fewer
     assert len(heard.questions) == sum(len(path.read_text().splitlines()) for path in cut) == rows
     if cut:
+        refused(lambda: ask(*arguments, "--out", out), "--resume goes on", "out.tmp")  # answers are not thrown away unasked
         text = cut[-1].read_text()
         cut[-1].write_text(text[:-20] if stop == 7 else text + text[:30])
     heard.stop = None
@@ -830,6 +837,11 @@ def test_another_run_is_not_gone_on_with(start_run, clip_run, ask, hub, heard, t
     save_file({name: weight * 1.01 for name, weight in load_file(path).items()}, path)
     refused(lambda: ask(*arguments, "--resume", copies=folder), "start is not what it was")
     assert contents(out) == before and not (tmp_path / "out.tmp").exists() and heard.questions == []
+    shutil.copytree(start_run, tmp_path / "reader")
+    arguments = (run, "--benchmarks", "mmvp", *QUICK, "--reader", tmp_path / "reader", "--out", tmp_path / "swapped")
+    ask(*arguments)
+    shutil.copy(path, tmp_path / "reader/connector.safetensors")
+    refused(lambda: ask(*arguments, "--resume"), "--reader")
     for_other = tmp_path / "other"
     for_other.mkdir()
     (for_other / "precious.txt").write_text("mine")
@@ -914,12 +926,14 @@ def test_the_share_of_a_process(asked, tmp_path):
     assert sorted(sum(sum(asked_of.values(), []), [])) == sorted(record["question"] for record in questions.records)
     lines, dropped = eval_vqa.gather(questions, path, "paper")
     assert list(lines) == [line["row"] for line in lines.values()] == list("012345678") and dropped == {} and os.listdir(tmp_path) == ["a.jsonl"]
-    for size in (1, 4, 100):
-        batches = eval_vqa.in_batches(questions.records, size)
+    for name, size in itertools.product(("pope", "gqa", "vqav2", "okvqa"), (1, 4, 100)):
+        records = asked[name, "paper"].records
+        batches = eval_vqa.in_batches(records, size)
         line = [record for batch in batches for record in batch]
-        assert {len(batch) for batch in batches[:-1]} <= {size} and sorted(record["row"] for record in line) == list("012345678")
-        assert len(list(itertools.groupby(line, key=lambda record: record["shared"]))) == 2
-        assert max(len(record["question"]) for record in line) in [len(record["question"]) for record in line[:6]]
+        assert {len(batch) for batch in batches[:-1]} <= {size} and sorted(record["row"] for record in line) == [record["row"] for record in records]
+        groups = [(shared, max(len(record["question"]) for record in group)) for shared, group in itertools.groupby(
+            line, key=lambda record: record["shared"])]
+        assert len(groups) == len(dict(groups)) and [length for _, length in groups] == sorted((length for _, length in groups), reverse=True)
 
 
 # ---- models of transformers -------------------------------------------------------------------------------------------------------
@@ -953,6 +967,9 @@ def test_an_export_behind_hf_answers_own_data_as_its_run(start_run, exported, as
     ask(start_run, "--hf", exported, "--data", "scenes/test/vqa", "--n", 24, "--max_new_tokens", 5, "--out", tmp_path / "out", copies=None)
     ours, theirs = saved(tmp_path / "out", "", "start"), saved(tmp_path / "out", "", "llava")
     assert ours == theirs and len(ours) == 24 and {type(line["choice"]) for line in ours} == {str, type(None)}
+    for line in ours:  # both of the picture, of the grey one the option alone
+        assert type(line["prediction"]) is str and line["score"] == line["decoded"] and line["blind_prediction"] is None
+        assert type(line["choice"]) is type(line["blind_choice"]) is (str if line["options"] else type(None))
 
 
 def test_log_probabilities_of_a_hub_model(start_run, exported, asked):
@@ -994,8 +1011,15 @@ def test_another_family(gemma, pictures):
     hub, questions = answerers.HubModel(gemma, torch.device("cpu")), ["what?", "which color is the ring at the top left?", "where is it?"]
     alone = [hub.generate([image], [question], 5)[0] for image, question in zip(pictures, questions)]
     assert hub.generate(pictures[:3], questions, 5) == alone and len(set(alone)) > 1 and hub.end == "<|im_end|>"
+    assert hub.generate(pictures[:1], ["<image>\n" + questions[0]], 5) == alone[:1]  # where the picture goes is the template's business
     options = [["red", "a blue cross"], ["no"], ["", "top left"]]
-    for image, question, texts, found in zip(pictures, questions, options, hub.option_logps(pictures[:3], questions, options)):
+    inputs = []
+    hook = hub.model.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True)
+    scores = hub.option_logps(pictures[:3], questions, options)
+    hook.remove()
+    for each in inputs:  # some families break on types that are fewer than the tokens
+        assert each["token_type_ids"].shape == each["input_ids"].shape and each["token_type_ids"].sum() == 4 * len(each["input_ids"])
+    for image, question, texts, found in zip(pictures, questions, options, scores):
         turn = lambda role, *parts: {"role": role, "content": [{"type": "image", "image": part} if part is image else {"type": "text", "text": part}
                                                               for part in parts]}
         n, slow = len(hub.inputs([image], [question])["input_ids"][0]), []
@@ -1006,6 +1030,16 @@ def test_another_family(gemma, pictures):
             stop = n + ids[n:].tolist().index(hub.tokenizer.eos_token_id) + 1
             slow.append(sum(float(logps[i - 1, ids[i]]) for i in range(n, stop)))
         assert found == pytest.approx(slow, abs=1e-4)
+
+
+def test_a_folder_behind_hf_that_has_changed(exported, ask, tmp_path):
+    shutil.copytree(exported, tmp_path / "llava")
+    arguments = ("--hf", tmp_path / "llava", "--benchmarks", "mmvp", *QUICK, "--limit", 2, "--out", tmp_path / "out")
+    ask(*arguments)
+    ask(*arguments, "--resume")
+    with open(tmp_path / "llava/config.json", "a") as file:
+        file.write("\n")
+    refused(lambda: ask(*arguments, "--resume"), "llava is not what it was")
 
 
 def test_what_is_no_model_of_transformers(start_run, exported, tmp_path, ask):
@@ -1026,6 +1060,25 @@ def test_what_is_no_model_of_transformers(start_run, exported, tmp_path, ask):
     refused(lambda: ask("--hf", str(tmp_path / "nothing"), *arguments), "nothing", "cannot be opened")
     refused(lambda: ask(*arguments), "--hf")
     refused(lambda: ask(start_run, "--benchmarks", "mmvp"), "--out is needed")
+
+
+def test_flags_that_do_not_go_together(ask, start_run, exported, tmp_path):
+    out = ("--out", tmp_path / "out")
+    for flag, value in (("data", "mine.jsonl"), ("n", 3), ("write_pairs", tmp_path / "pairs.jsonl")):
+        refused(lambda: ask(start_run, "--benchmarks", "mmvp", f"--{flag}", value, *out), "--benchmarks", f"--{flag}")
+    refused(lambda: ask(start_run, "--hf", exported, "--benchmarks", "mmvp", "--reader", start_run, *out), "--reader", "--hf")
+    refused(lambda: ask(start_run, "--benchmarks", "mmvp", "--gallery", -1, *out), "--gallery -1")
+    refused(lambda: ask(start_run, "--benchmarks", "mmvp", *out, copies=str(tmp_path / "nowhere")), "--copies", "nowhere")
+    refused(lambda: ask("--hf", exported, "--write_pairs", tmp_path / "pairs.jsonl", copies=None), "--write_pairs")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_is_broken(start_run, ask, tmp_path):
+    """A weight that is not a number is no reason to choose the first option"""
+    shutil.copytree(start_run, tmp_path / "broken")
+    path = str(tmp_path / "broken/connector.safetensors")
+    save_file({name: weight * float("nan") for name, weight in load_file(path).items()}, path)
+    refused(lambda: ask(tmp_path / "broken", "--benchmarks", "mmvp", "--score", "logprob", *QUICK, "--out", tmp_path / "out"), "not a number")
 
 
 # ---- what cannot be used -----------------------------------------------------------------------------------------------------------
@@ -1086,6 +1139,11 @@ def test_rows_that_are_malformed(tmp_path):
     assert "GQA row 1 " in questions.dropped[0] and "lost" in questions.dropped[0]
     folder = put_changed(tmp_path, "mathvista", lambda rows: rows[1].update(answer="none of the choices"))
     assert "MathVista row 1 " in benchmarks.Questions(BENCHMARKS["mathvista"], "paper", folder).dropped[0]
+    folder = put_changed(tmp_path, "mmbench", lambda rows: rows[0].update(answer="C"))  # of north and south
+    questions = benchmarks.Questions(BENCHMARKS["mmbench"], "paper", folder)
+    assert len(questions.records) == 7 and "MMBench-en row 0 " in questions.dropped[0] and len(questions.dropped) == 2
+    folder = put_changed(tmp_path, "textvqa", lambda rows: rows[2].update(answers=[]))
+    assert "TextVQA row 2 " in benchmarks.Questions(BENCHMARKS["textvqa"], "lmms", folder).dropped[0]
     folder = put_changed(tmp_path, "mmmu", lambda rows: [row.update(options="x") for row in rows] and None)
     refused(lambda: benchmarks.Questions(BENCHMARKS["mmmu"], "paper", folder), "none of its rows can be used", "MMMU row 0")
 
@@ -1135,12 +1193,19 @@ def test_no_picture_can_be_read(start_run, ask, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_that_is_a_path(tmp_path):
+def test_a_picture_that_is_a_path(tmp_path, start_run, ask, heard):
+    """One that comes later is asked about then, and its pair with it"""
+    (tmp_path / "a.png").touch()
+    folder = put_changed(tmp_path, "mmvp", lambda rows: rows[0].update(image={"bytes": None, "path": str(tmp_path / "a.png")}))
+    (tmp_path / "a.png").unlink()
+    arguments = (start_run, "--benchmarks", "mmvp", *QUICK, "--out", tmp_path / "out")
+    ask(*arguments, copies=folder)
+    assert results(tmp_path / "out")["table"]["start"]["mmvp"]["n"] == 4 and len(heard.questions) == 5
     with open(tmp_path / "a.png", "wb") as file:
         file.write(hub_files.picture("somewhere else")["bytes"])
-    folder = put_changed(tmp_path, "mmvp", lambda rows: rows[0].update(image={"bytes": None, "path": str(tmp_path / "a.png")}))
-    questions = benchmarks.Questions(BENCHMARKS["mmvp"], "paper", folder)
-    assert questions.picture(questions.records[0]).tobytes() == upright(hub_files.picture("somewhere else")["bytes"])[2].tobytes()
+    ask(*arguments, "--resume", copies=folder)
+    assert results(tmp_path / "out")["table"]["start"]["mmvp"]["n"] == 6 and len(heard.questions) == 6
+    assert heard.questions[-1][2] == upright(hub_files.picture("somewhere else")["bytes"])[2].tobytes()
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------------------------

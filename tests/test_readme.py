@@ -19,7 +19,7 @@ import scenes
 import sources
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "probe.py", "eval_vqa.py", "report.py", "bench.py", "prepare.py", "artefacts.py"]
+SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "train_grpo.py", "probe.py", "eval_vqa.py", "report.py", "bench.py", "prepare.py", "artefacts.py"]
 COMMANDS_OF = {"data": "prepare", "model": "artefacts"}  # where the commands of a file that is read for something else are
 
 

@@ -960,6 +960,23 @@ def test_llava_pretrain(inside, indent, tmp_path, run):
     assert read_rows(tmp_path / "four") == found[:4] and len(files_in(tmp_path / "four/images")) == 4
 
 
+def test_vlaa_thinking_with_rewards(tmp_path, run):
+    # the GRPO part: the short answer, and a reward by the picture's source; with or without the long answer
+    source, out = tmp_path / "from", tmp_path / "out"
+    names = ["clevr_math", "geoqa170k", "arxivqa", "synthesis", "coco", "docvqa"]
+    rows = [{"id": name, "image": f"{name}/1.png", "question": "?", "gt": [1, 2, 3, 4] if name == "coco" else f"gt of {name}", "caption": "c",
+             **({"ds_answer": "<think> long"} if name < "d" else {})} for name in names]
+    for number, name in enumerate(names):
+        tarred(source / f"images/{name}.tar.gz", {f"{name}/1.png": file_of(number)})
+    (source / "VLAA-Thinking-GRPO-25K.json").write_text(json.dumps(rows))
+    run("prepare", "vlaa-thinking-grpo", "--from", source, "--out", out)
+    assert [(row["id"], row["answer"], row["reward"]) for row in read_rows(out)] == [
+        (name, "[1, 2, 3, 4]" if name == "coco" else f"gt of {name}", reward)
+        for name, reward in zip(names, ("digit", "letter", "letter", "math", "iou", "open"))]
+    record = data.load(str(out / "rows.jsonl"), "vqa")[3]
+    assert NUMBERS[np.asarray(record["image"]).tobytes()] == 3 and record["reward"] == "math" and "ds_answer" not in record
+
+
 @pytest.mark.parametrize("inside", ["", "{name}/", "./", "./{name}/"])
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_vlaa_thinking(inside, form, tmp_path, run):

@@ -1,0 +1,244 @@
+"""
+Group-relative policy optimisation: the model answers, is rewarded, and makes what was better than its own average
+likelier. The vision encoder learns too.
+
+    python train_grpo.py --init runs/stage1 --out runs/grpo                         questions of the drawn world
+    python train_grpo.py --init runs/stage1 --data rows.jsonl --lr 1e-6 --out runs/grpo   rows with a "reward" field
+    python train_grpo.py --init runs/sft --out runs/sft_grpo                        after SFT (VLAA-Thinker: it hurts)
+
+For each picture and question the policy samples a group of answers (sampling.py), each gets a reward (rewards.py), and
+its advantage is how far it lies above the group's mean, in standard deviations. Then, as in PPO, a clipped ratio of the
+policy to the one that sampled is pushed up or down, token by token, held back by the KL divergence to the start
+(Shao et al. 2024, DeepSeekMath, Eq. 3; VLAA-Thinker, arXiv 2504.11468, section 4.1). A group whose answers are all
+equally good says nothing, and moves nothing but the KL term.
+
+What later work changes, and which flag shows it:
+  1. dividing by the standard deviation favours questions that are nearly always, or never, right (Dr. GRPO, Liu et al.
+     2025): --advantage mean
+  2. the mean over a response's tokens makes long wrong answers cheap (Dr. GRPO): --length constant
+  3. a wider upper bound lets unlikely tokens grow (DAPO, Yu et al. 2025): --clip_high 0.28
+  4. no KL, and no reference in memory (both): --kl 0
+  5. several updates on the same samples, where the clipping first matters: --updates 4
+
+    diff train_dpo.py train_grpo.py
+
+Left out of VLAA-Thinker's method: its open-ended reward by InternLM-XComposer2.5 is any reward model of transformers
+(--reward_model); its batch of 512 questions with two updates of 256 is --batch_size 512 --updates 2 with all of them.
+"""
+import argparse
+import copy
+import time
+from collections import defaultdict
+
+import torch
+from tqdm import tqdm
+
+import common
+import data
+import rewards
+from model import MLLM, Chat, InputError
+from sampling import sample_groups
+from trees import pack
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser.add_argument("--data", nargs="+", default=["scenes/train/vqa"],
+                    help="questions with answers: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of "
+                         "sources.py or a hub id; a row's field 'reward' says how an answer is judged")
+parser.add_argument("--init", required=True, help="run directory to start from, which is also the reference")
+parser.add_argument("--reward", choices=sorted(rewards.KINDS), default="exact",
+                    help="how answers to rows without such a field are judged")
+parser.add_argument("--reward_model",
+                    help="for rows with the reward 'open': hub id or folder of a sequence classifier of transformers")
+parser.add_argument("--open_beta", type=float, default=1.0, help="how soon a better open answer is good enough")
+parser.add_argument("--think", action="store_true",
+                    help="ask for <think> and <answer> tags; an answer without them is worth nothing")
+parser.add_argument("--group", type=common.positive, default=8, help="answers sampled for each question")
+parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (VLAA-Thinker: 0.8)")
+parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share")
+parser.add_argument("--max_new_tokens", type=common.positive, default=32, help="longest sampled answer in tokens")
+parser.add_argument("--updates", type=common.positive, default=1, help="optimiser steps on the same samples")
+parser.add_argument("--clip_low", type=float, default=0.2, help="how far below 1 the ratio counts")
+parser.add_argument("--clip_high", type=float, default=0.2, help="how far above 1")
+parser.add_argument("--advantage", choices=("std", "mean"), default="std",
+                    help="reward minus the group's mean, divided by its standard deviation or not")
+parser.add_argument("--length", choices=("response", "constant"), default="response",
+                    help="tokens are averaged over their response, or summed and divided by --max_new_tokens")
+parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL divergence to the start; 0: no reference")
+parser.add_argument("--kl_target", type=float,
+                    help="change that weight as it goes, so that the divergence comes to this many nats a token "
+                         "(VLAA-Thinker: --kl 1e-3 --kl_target 5e-4)")
+common.add_training_flags(parser, lr=1e-3, epochs=1, batch_size=32)
+
+
+def advantages(rewards, normalise=True):
+    """rewards (B,G) of groups of answers -> (B,G): how far above the group's mean, in its standard deviations (those of
+    a sample, plus 1e-4), or in rewards. 0 where all are equal. DeepSeekMath, section 4.1.2"""
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # a mean of equal numbers may be rounded
+    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0.0)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if normalise else centred
+
+
+def grpo_terms(logps, old_logps, reference_logps, token_advantages, clip_low, clip_high):
+    """Log-probs of sampled tokens, all (M,): of the policy, of the policy that sampled them, of the reference (or None)
+    -> loss (M,), KL (M,), was it clipped (M,)
+
+        ratio = exp(logp - old),  loss = -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A)
+        KL    = exp(ref - logp) - (ref - logp) - 1      (never negative, right on average: Schulman's k3)
+
+    DeepSeekMath, Eq. 3 and 4. While the policy is still the one that sampled, the ratio is 1 and the gradient is that
+    of -A * logp: plain policy gradient."""
+    ratio = (logps - old_logps).exp()
+    free, held = ratio * token_advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * token_advantages
+    if reference_logps is None:
+        kl = torch.zeros_like(logps)
+    else:
+        kl = (reference_logps - logps).exp() - (reference_logps - logps) - 1
+    return -torch.minimum(free, held), kl, (held < free).float()
+
+
+def adapted(kl_weight, kl, target, n_samples, horizon=10_000):
+    """The KL weight after a step of n_samples that came to `kl` nats a token (Ziegler et al. 2019, section 2.2)"""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_weight * (1 + error * n_samples / horizon)
+
+
+class Judge:
+    """Rewards of answers, by the kind of their record"""
+
+    def __init__(self, args, device):
+        self.args, self.model = args, None
+        if args.reward_model:
+            self.model = rewards.RewardModel(args.reward_model, device)
+
+    def __call__(self, prediction, record):
+        """-> the reward in [0, 1], or 0 for an answer that cannot be found"""
+        said = rewards.final_answer(prediction) if self.args.think else prediction
+        if said is None:
+            return 0.0
+        kind = record.get("reward") or self.args.reward
+        if kind == "open":
+            return rewards.open_ended(said, record, self.model, self.args.open_beta)
+        return rewards.KINDS[kind](said, record)
+
+
+def read(rows, numbers, model, args):
+    """-> usable records of these rows, reasons of the others"""
+    records, dropped = [], []
+    for number in numbers:
+        try:
+            record = rows[number]
+            kind = record.get("reward") or args.reward
+            longest = len(model.chat.prompt_ids(record["question"], model.n_image)) + args.max_new_tokens
+            if kind not in rewards.KINDS:
+                raise data.BadRow(f"{record['name']}: no reward is named '{kind}', only {', '.join(rewards.KINDS)}")
+            if kind == "place" and not record.get("box"):
+                raise data.BadRow(f"{record['name']}: the reward 'place' wants a box")
+            if kind == "open" and not args.reward_model:
+                raise InputError(f"{record['name']}: the reward 'open' wants a --reward_model")
+            if longest > args.max_length:
+                raise data.BadRow(f"{record['name']}: {longest} tokens, --max_length is {args.max_length}")
+            records.append(record)
+        except data.BadRow as error:
+            dropped.append(str(error))
+    return records, dropped
+
+
+def as_batch(model, records, groups):
+    """Records and the sampled ids of their groups -> Batch: each group is branches of its question"""
+    images = [record["image"] for record in records]
+    return pack([model.chat.trunk_ids(model.n_image, i) for i in range(len(records))],
+                [[(model.chat.question_ids(record["question"]), group)] for record, group in zip(records, groups)],
+                model.pixels(images), model.chat.pad_id)
+
+
+def main():
+    args = parser.parse_args()
+    common.check_out(args.out)
+    if args.group < 2:
+        raise InputError("--group must be at least 2: an answer is compared with the others of its group")
+    device, autocast = common.setup(args.seed, args.matmul)
+
+    # ---- model, reference and data
+    model = MLLM.load(args.init)
+    if args.think:
+        model.chat = Chat(model.tokenizer, rewards.THINK)
+    rows, steps = data.plan(args, "vqa")
+    micro_batch = args.micro_batch or args.batch_size
+    model.to(device).train()
+    optimizer = common.Optimizer(model, args, len(steps) * args.updates)
+    if args.grad_checkpoint:
+        model.gradient_checkpointing()
+    if args.compile:
+        model.compile_hot_path()
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None
+    judge = Judge(args, device)
+    run = common.Run(args, model, len(steps) * args.updates, parent=args.init, data=args.data, rows=rows.identity())
+    drift, kl_weight = common.Drift(model), args.kl
+
+    # ---- train
+    n_dropped, n_samples_since, since, update = 0, 0, time.time(), 0
+    bar = tqdm(steps, desc="grpo")
+    for trees in bar:
+        records, dropped = read(rows, [number for tree in trees for number in tree], model, args)
+        n_dropped = common.report_dropped(dropped, n_dropped)
+        if not records:
+            continue
+        # sample, judge, compare
+        with autocast():
+            groups = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records], args.group,
+                                   args.max_new_tokens, args.temperature, args.top_p)
+        texts = [model.tokenizer.batch_decode(group, skip_special_tokens=True) for group in groups]
+        scores = torch.tensor([[judge(text.strip(), record) for text in group]
+                               for group, record in zip(texts, records)])               # (B,G)
+        advantage = advantages(scores, args.advantage == "std")
+        parts = []                                                              # micro-batches, with what stays fixed
+        for at in range(0, len(records), micro_batch):
+            part = slice(at, at + micro_batch)
+            batch = as_batch(model, records[part], groups[part]).to(device)
+            lengths = batch.per_response(torch.ones_like(batch.targets, dtype=torch.float))
+            share = 1 / (len(records) * args.group * (lengths if args.length == "response" else
+                                                      torch.full_like(lengths, args.max_new_tokens)))
+            with torch.no_grad(), autocast():
+                old = model.response_logps(batch) if args.updates > 1 else None
+                anchor = reference.response_logps(batch) if reference else None
+            parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
+                          share[batch.response_of], old, anchor))
+        n_tokens = sum(len(batch.targets) for batch, *_ in parts)
+        for _ in range(args.updates):
+            sums = defaultdict(float)
+            for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
+                with autocast():
+                    logps = model.response_logps(batch)                                 # (M,)
+                losses, kl, clipped = grpo_terms(logps, logps.detach() if old is None else old, anchor,
+                                                 token_advantage, args.clip_low, args.clip_high)
+                loss = ((losses + kl_weight * kl) * share).sum()
+                loss.backward()
+                for name, value in {"loss": loss, "kl": kl.sum() / n_tokens, "clipped": clipped.sum() / n_tokens,
+                                    "surprise": -logps.sum() / n_tokens}.items():
+                    sums[name] += value.detach()
+            n_samples_since += scores.numel()
+            stats = {**sums, **optimizer.step(update)}
+            if run.step(update, stats, lambda: {
+                    **drift(), **summary(scores, records, args), "kl_weight": kl_weight,
+                    "length": n_tokens / scores.numel(), "samples_per_s": n_samples_since / (time.time() - since),
+                    "dropped": n_dropped, "peak_mb": common.peak_memory_mb(device)}):
+                n_samples_since, since = 0, time.time()
+                bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
+            update += 1
+        if args.kl_target:
+            kl_weight = adapted(kl_weight, float(sums["kl"]), args.kl_target, scores.numel())
+    run.finish()
+
+
+def summary(scores, records, args):
+    """Rewards (B,G) -> their mean and spread, also of each kind, and the share of groups that say nothing"""
+    kinds = defaultdict(list)
+    for row, record in zip(scores, records):
+        kinds[record.get("reward") or args.reward].append(row)
+    found = {"reward": scores.mean(), "reward_std": scores.std(1).mean(),
+             "no_signal": (scores.max(1).values == scores.min(1).values).float().mean()}
+    return found | {f"reward_{kind}": torch.stack(rows).mean() for kind, rows in kinds.items()}
+
+
+if __name__ == "__main__":
+    common.cli(main)
