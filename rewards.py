@@ -11,9 +11,9 @@ import re
 import torch
 
 from metrics import normalise
-from model import opened
+from model import InputError, opened
 
-NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"  # 1,000 and 1e-3 and -.5
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|-?\.\d+"  # 1,000 and 1e-3 and -.5; 2,3 are two
 THINK = ("You are a helpful assistant. Think about the question first, then answer it: write your reasoning between "
          "<think> and </think>, and after it the answer alone between <answer> and </answer>.")
 
@@ -84,7 +84,11 @@ class RewardModel:
 
     def __init__(self, name, device):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        self.model = opened(AutoModelForSequenceClassification, name, num_labels=1).to(device).eval()
+        model, found = opened(AutoModelForSequenceClassification, name, output_loading_info=True)
+        if found["missing_keys"] or model.config.num_labels != 1:
+            raise InputError(f"--reward_model {name} is no reward model: it gives {model.config.num_labels} numbers, "
+                             f"must give one; its missing weights: {sorted(found['missing_keys'])}")
+        self.model = model.to(device).eval()
         self.tokenizer = opened(AutoTokenizer, name)
 
     @torch.no_grad()

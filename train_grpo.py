@@ -27,6 +27,7 @@ Left out of VLAA-Thinker's method: its open-ended reward by InternLM-XComposer2.
 """
 import argparse
 import copy
+import importlib.util
 import time
 from collections import defaultdict
 
@@ -133,6 +134,8 @@ def read(rows, numbers, model, args):
                 raise data.BadRow(f"{record['name']}: no reward is named '{kind}', only {', '.join(rewards.KINDS)}")
             if kind == "place" and not record.get("box"):
                 raise data.BadRow(f"{record['name']}: the reward 'place' wants a box")
+            if kind == "math" and not importlib.util.find_spec("math_verify"):
+                raise InputError("the reward 'math' needs a package: pip install math-verify")
             if kind == "open" and not args.reward_model:
                 raise InputError(f"{record['name']}: the reward 'open' wants a --reward_model")
             if longest > args.max_length:
@@ -154,6 +157,8 @@ def as_batch(model, records, groups):
 def main():
     args = parser.parse_args()
     common.check_out(args.out)
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        raise InputError("--temperature must be above 0, --top_p above 0 and at most 1")
     if args.group < 2:
         raise InputError("--group must be at least 2: an answer is compared with the others of its group")
     device, autocast = common.setup(args.seed, args.matmul)

@@ -238,8 +238,7 @@ def test_right_wrong_and_unreadable_answers(name, profile, asked):
         for nothing in ("", "#"):
             right, understood = read(record, nothing, profile)
             has_form = record["options"] or profile == "lmms" and record.get("answer_type") in ("integer", "float", "list")
-            is_text = not has_form or profile == "paper" and name in ("mathvista", "realworldqa")  # which Cambrian compares as texts
-            assert right == said_no and (understood is not None) == bool(nothing and is_text), (record["question"], nothing, understood)
+            assert right == said_no and (understood is not None) == bool(nothing and not has_form), (record["question"], nothing, understood)
 
 
 @pytest.mark.parametrize("name, profile, row, said, right, understood", [  # each benchmark reads in its own way
@@ -256,7 +255,7 @@ def test_right_wrong_and_unreadable_answers(name, profile, asked):
     ("mmmu", "paper", 1, "5.6", 1, "5.6"), ("mmmu", "lmms", 1, "5.6", 0, "5.6"), ("mmmu", "lmms", 1, "x is 5.66", 1, "x is 5.66"),
     ("mmmu", "paper", 1, "The answer is 5.66.", 1, "5.66"), ("mmmu", "paper", 4, "Six Dollars", 1, "six dollars"),
     ("mathvista", "paper", 0, "1.25", 1, "1.25"), ("mathvista", "lmms", 0, "It is 1.24", 1, "1.2"), ("mathvista", "paper", 1, "B. 8/11", 1, "b"),
-    ("mathvista", "lmms", 1, "It is 8/11", 1, "8/11"), ("mathvista", "paper", 1, "It is 8/11", 0, "it is 8/11"),
+    ("mathvista", "lmms", 1, "It is 8/11", 1, "8/11"), ("mathvista", "paper", 1, "It is 8/11", 0, None),
     ("mathvista", "paper", 4, "A", 1, "a"), ("mathvista", "lmms", 3, "so [2007,2008]", 1, "[2007, 2008]"),
     ("mathvista", "lmms", 2, "none", 0, None), ("mathvista", "paper", 3, "[2007, 2008]", 1, "[2007, 2008]"),
     ("ai2d", "paper", 0, "Cat", 1, "C"), ("ai2d", "lmms", 0, "Cat", 0, None), ("ai2d", "lmms", 0, "(c)", 1, "C"),
@@ -271,7 +270,7 @@ def test_right_wrong_and_unreadable_answers(name, profile, asked):
     ("mmvp", "lmms", 0, "Spread", 0, None),
     ("realworldqa", "paper", 1, "3 cars", 1, "3"), ("realworldqa", "lmms", 1, "3 cars", 0, "3 cars"), ("realworldqa", "lmms", 2, "NO.", 1, "no"),
     ("realworldqa", "paper", 2, "The answer is no.", 1, "no"), ("realworldqa", "lmms", 0, "I say (B)", 1, "B"),
-    ("realworldqa", "paper", 0, "B.", 1, "b"), ("realworldqa", "paper", 0, "B. Straight on", 0, "b."),
+    ("realworldqa", "paper", 0, "B.", 1, "b"), ("realworldqa", "paper", 0, "B. Straight on", 0, None),
     ("cvbench2d", "paper", 0, "(C", 1, "C"), ("cvbench2d", "lmms", 0, "( c1", 1, "C"), ("cvbench2d", "paper", 0, "( c1", 0, None),
     ("cvbench3d", "paper", 0, "apple", 1, "A"), ("cvbench3d", "lmms", 0, "apple", 1, "A"), ("cvbench3d", "lmms", 0, "Green", 0, None),
     ("blink", "paper", 0, "(D)", 1, "D"), ("blink", "lmms", 0, "( d", 1, "D"),

@@ -278,7 +278,7 @@ def test_digit():
 
 @pytest.mark.parametrize("prediction, truth, expected", [
     ("1,000", "1000", 1), ("1000", "1,000", 1), ("1,000", "0", 0), ("3 + 997 = 1,000", "1000", 1), ("It is 5, I think", "5", 1),
-    ("3, no 5, sorry", "5", 1), pytest.param("2,3", "3", 1, marks=pytest.mark.xfail(strict=True)),
+    ("3, no 5, sorry", "5", 1), ("2,3", "3", 1),
     ("2e3", "2000", 1)])
 def test_digit_and_commas(prediction, truth, expected):
     assert digit(prediction, {"answer": truth}) == expected
@@ -345,7 +345,6 @@ def test_the_reward_model_is_a_sequence_classifier(tmp_path, tokenizers):
         rewards.RewardModel(str(tmp_path / "nothing"), torch.device("cpu"))
 
 
-@pytest.mark.xfail(strict=True, raises=(pytest.fail.Exception, RuntimeError), reason="a fresh head judges at random, two outputs end in a traceback")
 @pytest.mark.parametrize("saved, outputs", [("BertModel", 1), ("BertForSequenceClassification", 2)])
 def test_a_reward_model_has_one_output_of_its_own(saved, outputs, tmp_path, tokenizers):
     config = transformers.BertConfig(vocab_size=len(tokenizers["chatml"]), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -637,7 +636,6 @@ def test_longer_rows_are_dropped(train, canned, tmp_path, capsys):
     assert lines[0]["dropped"] == 1 and "--max_length is 120" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, raises=(RuntimeError, pytest.fail.Exception), reason="not checked: a traceback, or samples of what is unlikely")
 @pytest.mark.parametrize("flags", [("--top_p", 0), ("--temperature", -1)])
 def test_flags_that_cannot_be_sampled_with(flags, train):
     with pytest.raises((InputError, SystemExit)):
