@@ -22,6 +22,9 @@ What later work changes, and which flag shows it:
 
     diff train_dpo.py train_grpo.py
 
+Ratios are of the policy at temperature 1, whatever --temperature and --top_p the samples are drawn with;
+with both at 1, the default, they are those of the policy that sampled.
+
 Left out of VLAA-Thinker's method: its open-ended reward by InternLM-XComposer2.5 is any reward model of transformers
 (--reward_model); its batch of 512 questions with two updates of 256 is --batch_size 512 --updates 2 with all of them.
 """
@@ -159,6 +162,8 @@ def main():
     common.check_out(args.out)
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         raise InputError("--temperature must be above 0, --top_p above 0 and at most 1")
+    if args.kl_target and not args.kl:
+        raise InputError("--kl_target adapts --kl, which is 0")
     if args.group < 2:
         raise InputError("--group must be at least 2: an answer is compared with the others of its group")
     device, autocast = common.setup(args.seed, args.matmul)
@@ -187,6 +192,7 @@ def main():
         records, dropped = read(rows, [number for tree in trees for number in tree], model, args)
         n_dropped = common.report_dropped(dropped, n_dropped)
         if not records:
+            update += args.updates
             continue
         # sample, judge, compare
         with autocast():
@@ -208,7 +214,7 @@ def main():
                 anchor = reference.response_logps(batch) if reference else None
             parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
                           share[batch.response_of], old, anchor))
-        n_tokens = sum(len(batch.targets) for batch, *_ in parts)
+        n_tokens, n_samples_since = sum(len(batch.targets) for batch, *_ in parts), n_samples_since + scores.numel()
         for _ in range(args.updates):
             sums = defaultdict(float)
             for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
@@ -221,7 +227,6 @@ def main():
                 for name, value in {"loss": loss, "kl": kl.sum() / n_tokens, "clipped": clipped.sum() / n_tokens,
                                     "surprise": -logps.sum() / n_tokens}.items():
                     sums[name] += value.detach()
-            n_samples_since += scores.numel()
             stats = {**sums, **optimizer.step(update)}
             if run.step(update, stats, lambda: {
                     **drift(), **summary(scores, records, args), "kl_weight": kl_weight,

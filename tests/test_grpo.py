@@ -320,7 +320,7 @@ def test_place_is_the_cell_of_the_drawn_world():
 
 def test_open_ended():
     # 1 - exp(-beta * better), 0 when it is not better; the question goes along
-    points = {("why?", "good"): 2., ("why?", "best"): 3.5, ("why?", "bad"): -1., ("how?", "good"): 9.}
+    points = {("why?", "good"): 2., ("why?", "best"): 3.5, ("why?", "bad"): 1.5, ("how?", "good"): 9.}
     score, record = (lambda question, answer: points[question, answer]), {"question": "why?", "answer": "good"}
     assert open_ended("best", record, score, 1.) == pytest.approx(1 - math.exp(-1.5))
     assert open_ended("best", record, score, .2) == pytest.approx(1 - math.exp(-.3))
