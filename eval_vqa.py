@@ -118,7 +118,7 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
         b.read_realworldqa, "accuracy", 512),
     "cvbench2d": b.Benchmark(
         "CV-Bench 2D", ["nyu-visionx/CV-Bench:2D"], "test", "prompt, choices, answer, source, task", b.cvbench,
-        b.letters_of("cvbench"), "accuracy, mean of sources", 512, stratum=by_source, score=cvbench_score),
+        b.letters_of("cvbench"), "accuracy (paper: mean of sources)", 512, stratum=by_source, score=cvbench_score),
     "cvbench3d": b.Benchmark(
         "CV-Bench 3D", ["nyu-visionx/CV-Bench:3D"], "test", "prompt, choices, answer, source, task", b.cvbench,
         b.letters_of("cvbench"), "accuracy", 512, stratum=by_source, score=cvbench_score),
