@@ -423,6 +423,7 @@ def prepare_folder(args, models, sets):
 
 
 def checked_arguments():
+    """The flags, or InputError where they do not go together; `folder` is where answers are kept until all are there"""
     args = parser.parse_args()
     if not args.runs + args.hf:
         raise InputError("name a run directory (before --benchmarks, which takes all words behind it), or a model "
