@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import common
 from artefacts import answer_map
-from model import MLLM, InputError, opened
+from model import MLLM, InputError, distinct, opened
 from trees import pack
 
 
@@ -68,12 +68,11 @@ class Run:
         The options of a question are branches of one sequence (trees.py), and a picture that is the same object in
         several places is encoded once."""
         model, chat = self.model, self.model.chat
-        distinct = list({id(image): image for image in images}.values())
-        place, pixels = {id(image): i for i, image in enumerate(distinct)}, model.pixels(distinct)
-        trunks = [chat.trunk_ids(model.n_image, place[id(image)]) for image in images]
+        pictures, numbers = distinct(images)
+        trunks = [chat.trunk_ids(model.n_image, i) for i in numbers]
         trees = [[(chat.question_ids(question), list(map(chat.response_ids, texts)))]
                  for question, texts in zip(questions, options, strict=True)]
-        batch = pack(trunks, trees, pixels, chat.pad_id).to(model.device)
+        batch = pack(trunks, trees, model.pixels(pictures), chat.pad_id).to(model.device)
         logps = iter(batch.per_response(model.response_logps(batch)).tolist())
         return [[next(logps) for _ in texts] for texts in options]
 

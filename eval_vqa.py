@@ -36,7 +36,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -182,8 +182,7 @@ class OwnQuestions:
     def __init__(self, source, n, seed, limit=None):
         self.benchmark = b.Benchmark(source, [], "", "", None, lambda row, said, _: (score(said, row["answer"]), said),
                                      "accuracy", tokens=48)
-        self.rows, self.records, self.skipped, self.dropped = data.load(source, "vqa", n, seed), [], Counter(), []
-        self.source = source
+        self.source, self.rows, self.records, self.dropped = source, data.load(source, "vqa", n, seed), [], []
         for i in tqdm(range(len(self.rows)), desc=source, delay=5):
             try:
                 record = self.rows[i]

@@ -127,6 +127,13 @@ def to_pixels(image_processor, images):
     return image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
 
+def distinct(images):
+    """-> the different pictures among `images`, and for each of `images` its number there; the same object is one"""
+    found = list({id(image): image for image in images}.values())
+    number = {id(image): i for i, image in enumerate(found)}
+    return found, [number[id(image)] for image in images]
+
+
 def chunk_logps(hidden, weight, bias, targets):
     """hidden (m,D), weight (V,D), bias (V,) or None, targets (m,) -> log p(target), logsumexp of logits: both (m,)"""
     logits = F.linear(hidden, weight, bias)                                         # (m,V)
@@ -474,19 +481,22 @@ class MLLM(Encoder):
             sums.append(sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(answer)))
         return torch.stack(sums)
 
-    @torch.no_grad()
-    def generate(self, images, questions, max_new_tokens=64, temperature=0.0):
-        """One answer a question, as text; greedy at temperature 0, else sampled.
-        Batched, left-padded, with a KV cache; a picture that is the same object for several questions is encoded once.
-        """
-        distinct = list({id(image): image for image in images}.values())
-        place = {id(image): i for i, image in enumerate(distinct)}
-        rows = [self.chat.prompt_ids(question, self.n_image, place[id(image)])
-                for image, question in zip(images, questions, strict=True)]
+    def read_prompts(self, images, questions):
+        """-> input embeddings (B,T,D) of all that precedes the responses, padded on the left; mask (B,T), 0 = padding
+
+        A picture that is the same object for several questions is encoded once."""
+        pictures, numbers = distinct(images)
+        rows = [self.chat.prompt_ids(question, self.n_image, i) for question, i in zip(questions, numbers, strict=True)]
         T = max(map(len, rows))
         ids = torch.tensor([[self.chat.pad_id] * (T - len(r)) + r for r in rows], device=self.device)
         mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=self.device)
-        embeds = self.splice(ids, self.image_tokens(self.pixels(distinct).to(self.device)))
+        return self.splice(ids, self.image_tokens(self.pixels(pictures).to(self.device))), mask
+
+    @torch.no_grad()
+    def generate(self, images, questions, max_new_tokens=64, temperature=0.0):
+        """One answer a question, as text; greedy at temperature 0, else sampled.
+        Batched, with a KV cache."""
+        embeds, mask = self.read_prompts(images, questions)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         # the rest is spelt out because an instruct model ships defaults of its own, a repetition penalty among them
         out = self.llm.generate(

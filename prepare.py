@@ -53,7 +53,7 @@ SETS = {  # name -> hub id, the files that it needs, those of them that hold its
     "llava-onevision": ("lmms-lab/LLaVA-OneVision-Data", ("{config}/*",), ("*.json", "*.jsonl")),
 }
 
-VLAA_REWARDS = {  # part of a picture's folder -> the reward of its questions (VLAA-Thinker, section 4.2; rewards.py)
+VLAA_REWARDS = {  # part of a picture's folder -> the reward of its questions (VLAA-Thinker; rewards.py)
     "clevr": "digit", "geoqa": "letter", "arxivqa": "letter", "puma": "math", "synthesis": "math", "coco": "iou",
     "vg": "iou", "docvqa": "open", "vizwiz": "open", "allava": "open"}
 

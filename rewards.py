@@ -1,7 +1,7 @@
 """
 Rewards: how good is an answer? Pure functions (prediction, record) -> float in [0, 1], one for each kind of question.
 
-The kinds are those of VLAA-Thinker's mixed reward (arXiv 2504.11468, section 4.2): rules for what has one right answer
+The kinds are those of VLAA-Thinker's mixed reward (arXiv 2504.11468): rules for what has one right answer
 (digit, letter, math), overlap for boxes (iou), a reward model for what is said freely (open); and two for the drawn
 world: `exact`, and `place`, an overlap too, as a place is a box there. A record names its kind in its field "reward".
 """
@@ -9,9 +9,11 @@ import math
 import re
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metrics import normalise
 from model import InputError, opened
+from scenes import CELL, PLACES, SIDE
 
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|-?\.\d+"  # 1,000 and 1e-3 and -.5; 2,3 are two
 THINK = ("You are a helpful assistant. Think about the question first, then answer it: write your reasoning between "
@@ -59,7 +61,7 @@ def overlap(a, b):
 
 def four_numbers(text):
     """The first four numbers of a text, as a box; None if there are fewer"""
-    found = re.findall(r"-?\d+(?:\.\d+)?|-?\.\d+", text)
+    found = re.findall(r"-?\d+(?:\.\d+)?|-?\.\d+", text)  # not NUMBER: 10,200 are two sides here
     return [float(number) for number in found[:4]] if len(found) >= 4 else None
 
 
@@ -71,7 +73,6 @@ def iou(prediction, record):
 
 def place(prediction, record):
     """Drawn world: overlap of the cell that a place names with the object's box"""
-    from scenes import CELL, PLACES, SIDE
     name = normalise(prediction)
     if name not in PLACES:
         return 0.0
@@ -83,7 +84,6 @@ class RewardModel:
     """S(question, answer): the score of a sequence classifier with one output, hub id or folder"""
 
     def __init__(self, name, device):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
         model, found = opened(AutoModelForSequenceClassification, name, output_loading_info=True)
         if found["missing_keys"] or model.config.num_labels != 1:
             raise InputError(f"--reward_model {name} is no reward model: it gives {model.config.num_labels} numbers, "
@@ -99,7 +99,7 @@ class RewardModel:
 
 def open_ended(prediction, record, score, beta):
     """1 - exp(-beta * (S(prediction) - S(answer))) if the model of rewards likes the prediction better, else 0
-    (VLAA-Thinker, section 4.2). score: (question, answer) -> float"""
+    (VLAA-Thinker). score: (question, answer) -> float"""
     better = score(record["question"], prediction) - score(record["question"], record["answer"])
     return 1 - math.exp(-beta * better) if better > 0 else 0.0
 

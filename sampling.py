@@ -29,21 +29,14 @@ def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, 
     A picture that is the same object for several questions is encoded once. Randomness: torch's own generator."""
     was_training = model.training
     model.eval()  # while a model trains, gradient checkpointing takes the cache away from it
-    distinct = list({id(image): image for image in images}.values())
-    place = {id(image): i for i, image in enumerate(distinct)}
-    prompts = [model.chat.prompt_ids(question, model.n_image, place[id(image)])
-               for image, question in zip(images, questions, strict=True)]
-    T, device, pad = max(map(len, prompts)), model.device, model.chat.pad_id
-    ids = torch.tensor([[pad] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    out = model.llm(inputs_embeds=model.splice(ids, model.image_tokens(model.pixels(distinct).to(device))),
-                    attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True,
-                    logits_to_keep=1)
+    embeds, mask = model.read_prompts(images, questions)
+    out = model.llm(inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                    use_cache=True, logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)           # (B*n,V)
     cache.batch_repeat_interleave(n)
     mask, position = mask.repeat_interleave(n, 0), mask.sum(-1).repeat_interleave(n, 0)
-    said, rows = [[] for _ in range(len(prompts) * n)], torch.arange(len(prompts) * n, device=device)
-    stop, words = torch.tensor(model.chat.stop_ids, device=device), model.llm.get_input_embeddings()
+    said, rows = [[] for _ in logits], torch.arange(len(logits), device=mask.device)
+    stop, words = torch.tensor(model.chat.stop_ids, device=mask.device), model.llm.get_input_embeddings()
     for step in range(max_new_tokens):
         ids = next_tokens(logits, temperature, top_p)                                       # (R,) of those still open
         for row, token in zip(rows.tolist(), ids.tolist()):

@@ -72,7 +72,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 
 def bco_loss(chosen_rewards, rejected_rewards, shift):
-    """The quality term of MPO (Wang et al. 2024, arXiv 2411.10442, Eq. 4; BCO: Jung et al. 2024): is each answer by
+    """The quality term of MPO (Wang et al. 2024, arXiv 2411.10442; BCO: Jung et al. 2024): is each answer by
     itself above or below the usual reward? rewards beta * (log pi - log ref) with gradient, (B,); shift: a number.
 
         loss = -log sigmoid(r_c - shift) - log sigmoid(-(r_r - shift))          -> losses (B,); 2 log 2 at the start

@@ -9,7 +9,7 @@ likelier. The vision encoder learns too.
 For each picture and question the policy samples a group of answers (sampling.py), each gets a reward (rewards.py), and
 its advantage is how far it lies above the group's mean, in standard deviations. Then, as in PPO, a clipped ratio of the
 policy to the one that sampled is pushed up or down, token by token, held back by the KL divergence to the start
-(Shao et al. 2024, DeepSeekMath, Eq. 3; VLAA-Thinker, arXiv 2504.11468, section 4.1). A group whose answers are all
+(Shao et al. 2024, DeepSeekMath, Eq. 3; VLAA-Thinker, arXiv 2504.11468). A group whose answers are all
 equally good says nothing, and moves nothing but the KL term.
 
 What later work changes, and which flag shows it:
@@ -101,7 +101,7 @@ def grpo_terms(logps, old_logps, reference_logps, token_advantages, clip_low, cl
 
 
 def adapted(kl_weight, kl, target, n_samples, horizon=10_000):
-    """The KL weight after a step of n_samples that came to `kl` nats a token (Ziegler et al. 2019, section 2.2)"""
+    """The KL weight after a step of n_samples that came to `kl` nats a token (Ziegler et al. 2019)"""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_weight * (1 + error * n_samples / horizon)
 
