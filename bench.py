@@ -17,10 +17,14 @@ AdamW). From naive on, each has the savings of the one before it:
     tree              all questions about a picture are branches of one row
     sft_rows          supervised fine-tuning on the chosen responses, a row a question
     sft_tree          the same, all questions about a picture in one row
+    generate_each     GRPO's samples by transformers' generate, one call a response
+    generate_batch    the same in one call for all (num_return_sequences)
+    sample_groups     the same by sampling.py
 
+The last three draw 8 responses to each question, as long as the shape's longest; their pairs/s are responses a second.
 Each variant runs in a process of its own, in rounds, so that a busy machine is busy for all of them; a ratio is taken
 within its round. Every variant must give the same losses and gradient norms: policy and reference have different
-weights, as at equal weights any broken variant has the loss log 2. Peak memory is measured in another run (on a CPU
+weights, as at equal weights any broken variant has the loss log 2; samplers must say the same where they are greedy. Peak memory is measured in another run (on a CPU
 through /proc: Linux only), above what was held at the start of a step (weights, Adam's moments, a live reference) and
 is told beside it. FLOPs are those of a step, without the reference pass where its log-probs are numbers.
 """
@@ -46,12 +50,15 @@ import common
 import data
 import scenes
 from model import MLLM, InputError
+from sampling import sample_groups
 from train_dpo import dpo_loss
 from trees import pack
 
 QUESTIONS = 4  # about each picture
 DPO = ["trl", "trl_compact", "naive", "image_once", "cached_reference", "shared_prefix", "tree"]
 SFT = ["sft_rows", "sft_tree"]
+SAMPLING = ["generate_each", "generate_batch", "sample_groups"]
+GROUP = 8  # responses to a question
 QWEN = dict(vocab_size=151936, num_key_value_heads=2)
 SO400M = dict(image_size=384, patch_size=16, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
               num_attention_heads=16)
@@ -70,7 +77,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, fro
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "middle"], help="sizes of model and data")
-parser.add_argument("--variants", nargs="+", choices=DPO + SFT, help="default: all; TRL's only where it is installed")
+parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING, help="default: all; TRL's only where it is installed")
 parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
 parser.add_argument("--steps", type=int, help="optimiser steps of a run, the first of which is not timed (default: the "
                                               "shape's own, 3 to 10)")
@@ -240,6 +247,38 @@ def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
     return steps, {"vision": vision / pairs, "llm": (total - vision - head) / pairs, "head": head / pairs}
 
 
+@torch.no_grad()
+def sampling_steps(variant, shape, folder, records, pairs, device, autocast, memory):
+    """-> {"seconds", "held_mb", "peak_mb"} of drawing GROUP responses to each of the questions of a step; the greedy
+    responses to the first questions"""
+    model = MLLM.load(folder + "/policy").to(device).eval()
+    longest = (SHAPES[shape][3] or (24, 24))[1]                                 # tokens of a response
+
+    def draw(records, n, temperature):
+        images, questions = [r["image"] for r in records], [r["question"] for r in records]
+        if variant == "sample_groups":
+            return sum(sample_groups(model, images, questions, n, longest, temperature)[0], [])
+        how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+        calls = [(images, questions, n)] if variant == "generate_batch" else \
+            [([image], [question], 1) for image, question in zip(images, questions) for _ in range(n)]
+        said = []
+        for images, questions, n in calls:
+            embeds, mask = model.read_prompts(images, questions)
+            said += model.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=longest, **how,
+                                       num_return_sequences=n, eos_token_id=model.chat.stop_ids,
+                                       pad_token_id=model.chat.pad_id).tolist()
+        return said
+
+    steps = []
+    for at in range(0, len(records), pairs):
+        with Meter(device, memory) as meter, autocast():
+            draw(records[at:at + pairs], GROUP, 1.0)
+        steps.append({"seconds": meter.seconds, "held_mb": meter.held, "peak_mb": meter.peak_mb})
+    with autocast():
+        greedy = draw(records[:2], 1, 0)
+    return steps, [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy]
+
+
 def worker(args):
     """One run; prints a line of JSON"""
     variant, shape, folder = args.worker
@@ -247,19 +286,23 @@ def worker(args):
     device, autocast = common.setup(0, args.matmul)
     memory = os.environ.get("MALLOC_MMAP_THRESHOLD_") == "65536"                # malloc gives memory back, slowly
     pairs, n_steps = args.pairs or SHAPES[shape][4], args.steps or SHAPES[shape][5]
-    records = make_records(shape, pairs * n_steps)
-    if variant.startswith("trl"):
+    if variant in SAMPLING:
+        n_steps = 2                                                             # 8 times 32 forward passes are enough
+    records, flops, said = make_records(shape, pairs * n_steps), {}, None
+    if variant in SAMPLING:
+        steps, said = sampling_steps(variant, shape, folder, records, pairs, device, autocast, memory)
+    elif variant.startswith("trl"):
         from bench_trl import trl_steps
-        steps, flops = trl_steps(folder + "/policy", folder + "/reference", records, pairs, n_steps, LR,
-                                 variant == "trl_compact", args.grad_checkpoint, lambda: Meter(device, memory)), {}
+        steps = trl_steps(folder + "/policy", folder + "/reference", records, pairs, n_steps, LR,
+                          variant == "trl_compact", args.grad_checkpoint, lambda: Meter(device, memory))
     else:
         steps, flops = our_steps(variant, folder, records, pairs, args, device, autocast, memory)
     middle = lambda name: statistics.median(s.get(name) or 0 for s in steps[1:])  # the first makes Adam's moments
     print("RESULT " + json.dumps({
         "seconds": middle("seconds"), "reference_seconds": middle("reference_seconds"), "peak_mb": middle("peak_mb"),
         "held_mb": middle("held_mb"),
-        "losses": [s["loss"] for s in steps], "grad_norms": [s["grad_norm"] for s in steps], "flops": flops,
-        "pairs": pairs}))
+        "losses": [s.get("loss", 0) for s in steps], "grad_norms": [s.get("grad_norm", 0) for s in steps],
+        "said": said, "flops": flops, "pairs": pairs * (GROUP if said else 1)}))
 
 
 # ---- all runs of a shape ---------------------------------------------------------------------------------------------
@@ -279,10 +322,13 @@ def run(variant, shape, folder, argv, memory=False):
 
 
 def assert_same(results, tolerance):
-    """All variants of a loss must have the losses and gradient norms of the first"""
-    for group in (DPO, SFT):
+    """All variants of a loss must have the losses and gradient norms of the first; all samplers its greedy responses"""
+    for group in (DPO, SFT, SAMPLING):
         names = [variant for variant in group if variant in results]
         for variant in names[1:]:
+            if results[variant].get("said") != results[names[0]].get("said"):
+                raise SystemExit(f"{variant} differs from {names[0]}: it says {results[variant]['said']}, "
+                                 f"not {results[names[0]]['said']}")
             for key in ("losses", "grad_norms"):
                 for i, (a, b) in enumerate(zip(results[names[0]][key], results[variant][key], strict=True)):
                     if abs(a - b) > tolerance * abs(a):
@@ -305,7 +351,7 @@ def measure(shape, variants, args, argv, device):
     *rounds, memory = rounds
     rows = []
     for variant in variants:
-        group = SFT if variant in SFT else DPO
+        group = next(group for group in (DPO, SFT, SAMPLING) if variant in group)
         pass_seconds = lambda result, epoch: result["seconds"] + epoch * result["reference_seconds"]
         peer = next(v for v in ("trl_compact", "naive", *group) if v in variants and v in group)
         ratios = {name: [r[peer]["seconds"] / pass_seconds(r[variant], epoch) for r in rounds]
@@ -396,7 +442,7 @@ def main():
              "trl is not installed: naive, its step written by hand, stands in for it"))
     skipped = [] if has_trl else ["trl", "trl_compact"]
     skipped += ["trl"] if device.type == "cuda" else []  # there TRL is trl_compact
-    variants = args.variants or [variant for variant in DPO + SFT if variant not in skipped]
+    variants = args.variants or [variant for variant in DPO + SFT + SAMPLING if variant not in skipped]
     if args.plot and not set(variants) & set(DPO):
         raise InputError("--plot draws the variants of a DPO step: name at least one in --variants")
     for path in filter(None, (args.json, args.plot)):

@@ -4,7 +4,7 @@ The study in one table and one picture: what probe.py and eval_vqa.py found for 
     python report.py runs/seed0 runs/seed1 runs/seed2 --out runs        after speedrun.sh (which calls this)
     python report.py runs/transplant/seed0 --transplant --out runs/transplant       after transplant.sh (likewise)
 
-Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of SEED/sft and SEED/dpo; of a transplant,
+Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of the arms; of a transplant,
 results.json in SEED/vqa and SEED/probe and the FLOPs in config.json of its runs. Writes OUT/report.json and
 OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from
 one seed no difference between arms is claimed, because training again with another seed moves every number.
@@ -24,7 +24,10 @@ parser.add_argument("seeds", nargs="+", help="one folder a seed, as speedrun.sh 
 parser.add_argument("--out", required=True, help="folder for report.json and report.png")
 parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")
 
-ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT", "dpo": "DPO"}
+ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT", "dpo": "DPO",
+        "grpo": "GRPO", "sft_grpo": "half SFT, half GRPO"}
+DIFFERENCES = (("dpo", "sft"), ("sft", "stage1"), ("dpo", "stage1"), ("more", "stage1"), ("grpo", "stage1"),
+               ("grpo", "dpo"), ("grpo", "sft_grpo"))
 MEASURES = {  # key -> (heading, file, path inside its table)
     "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
     "restricted": ("vision questions, restricted to candidates", "vqa", ("vision-centric", "restricted")),
@@ -86,8 +89,7 @@ def summarise(seeds):
     values = {m: {arm: [r[m][arm] for r in read_seeds] for arm in ARMS if arm in read_seeds[0][m]} for m in MEASURES}
     rows = {m: {arm: {"mean": float(np.mean(v)), "per_seed": v} for arm, v in arms.items()}
             for m, arms in values.items()}
-    differences = {f"{a} - {b}": {m: paired(v[a], v[b]) for m, v in values.items()} for a, b in
-                   (("dpo", "sft"), ("sft", "stage1"), ("dpo", "stage1"), ("more", "stage1"))}
+    differences = {f"{a} - {b}": {m: paired(v[a], v[b]) for m, v in values.items()} for a, b in DIFFERENCES}
     return {"rows": rows, "differences": differences}
 
 
@@ -98,7 +100,7 @@ def difference_text(d):
 
 
 def sentences(result, n_seeds):
-    """What the numbers carry, in two sentences: the answers and the gradients; then what they do not settle"""
+    """What the numbers carry: the answers, the encoders and the gradients; then what they do not settle"""
     rows, diff = result["rows"], result["differences"]["dpo - sft"]
     at = lambda measure, arm: f"{100 * rows[measure][arm]['mean']:.0f} %"
     spread = "one seed" if n_seeds == 1 else f"means of {n_seeds} seeds"
@@ -106,8 +108,10 @@ def sentences(result, n_seeds):
             f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO "
             "on the same pairs; choosing among candidate answers, so that style does not count: "
             f"{at('restricted', 'stage1')}, {at('restricted', 'sft')} and {at('restricted', 'dpo')} ({spread}).",
+            f"After GRPO on its own answers to as many pictures: {at('decoded', 'grpo')} as taught, and "
+            f"{at('decoded', 'sft_grpo')} if half of those pictures went into SFT before it.",
             f"Read by stage 1's connector and LLM, its own encoder is worth {at('swap', 'stage1')} of them, "
-            f"the encoder of SFT {at('swap', 'sft')}, the encoder of DPO {at('swap', 'dpo')}.",
+            f"the encoder of SFT {at('swap', 'sft')}, of DPO {at('swap', 'dpo')}, of GRPO {at('swap', 'grpo')}.",
             f"At equal (stage-1) weights, {at('energy_difference', 'stage1')} of the gradient of chosen - rejected, "
             "which DPO follows, lies in the box of the object that the answers differ in, and "
             f"{at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows; the box is "
@@ -135,8 +139,8 @@ def read_log(path):
 
 def draw(path, result, seeds, text):
     """The picture: dots of every arm and seed, paired differences, training curves, gradient maps at equal weights"""
-    figure = plt.figure(figsize=(13, 14))
-    grid = figure.add_gridspec(4, 4, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
+    figure = plt.figure(figsize=(16, 14))
+    grid = figure.add_gridspec(4, 5, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
     colors = {arm: color_of(arm, list(ARMS)) for arm in ARMS}
 
     for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU")):
@@ -152,12 +156,12 @@ def draw(path, result, seeds, text):
         axis.set_xlim(-.6, len(ARMS) - .4)
         axis.set_ylim(0, 103)
 
-    axis = figure.add_subplot(grid[1, :2])
+    axis = figure.add_subplot(grid[1, :3])
     shown = ("restricted", "swap", "classification", "mIoU")
     for offset, (pair, color) in enumerate((("sft - stage1", "tab:orange"), ("dpo - stage1", "tab:blue"),
-                                            ("dpo - sft", "black"))):
+                                            ("grpo - stage1", colors["grpo"]), ("dpo - sft", "black"))):
         for y, measure in enumerate(shown):
-            d, at = result["differences"][pair][measure], -y - .22 * (offset - 1)
+            d, at = result["differences"][pair][measure], -y - .2 * (offset - 1.5)
             if d["low"] is not None:
                 axis.plot([100 * d["low"], 100 * d["high"]], [at, at], color=color, linewidth=1)
             axis.scatter(100 * np.array(d["per_seed"]), [at] * len(seeds), s=10, color=color,
@@ -168,19 +172,27 @@ def draw(path, result, seeds, text):
                    (", line: 95 % interval" if len(seeds) > 1 else "; n = 1: not resolved"), fontsize=9)
     axis.legend(fontsize=7, loc="best")
 
-    sft, dpo = (read_log(os.path.join(seeds[0], arm, "log.jsonl")) for arm in ("sft", "dpo"))
-    axis = figure.add_subplot(grid[1, 2])
+    logs = {arm: read_log(os.path.join(seeds[0], arm, "log.jsonl"))
+            for arm in ("sft", "dpo", "grpo", "sft_half", "sft_grpo")}
+    sft, dpo = logs["sft"], logs["dpo"]
+    axis = figure.add_subplot(grid[1, 3])
     axis.plot(sft["step"], sft["loss"], color="tab:orange", label="SFT loss (nats a token)")
     axis.plot(dpo["step"], dpo["loss"], color="tab:blue", label="DPO loss")
     axis.plot(dpo["step"], dpo["accuracy"], color="tab:blue", linestyle=":", label="DPO pair accuracy")
     axis.set_title(f"training, {os.path.basename(seeds[0].rstrip('/'))}", fontsize=9)
     axis.legend(fontsize=7)
     axis.set_xlabel("step", fontsize=8)
-    axis = figure.add_subplot(grid[1, 3])
-    for name, log in (("SFT", sft), ("DPO", dpo)):
+    axis = figure.add_subplot(grid[1, 4])
+    for arm, before in (("grpo", 0), ("sft_grpo", logs["sft_half"]["seconds"][-1])):    # the SFT takes its time too
+        axis.plot(before + logs[arm]["seconds"], logs[arm]["reward"], color=colors[arm], label=ARMS[arm])
+    axis.set_title("mean reward of the samples", fontsize=9)
+    axis.legend(fontsize=7)
+    axis.set_xlabel("seconds", fontsize=8)
+    axis = figure.add_subplot(grid[0, 4])
+    for arm in ("sft", "dpo", "grpo"):
         for part, style in (("vision", "-"), ("llm", ":")):
-            axis.plot(log["step"], 100 * log[f"drift_{part}"], style,
-                      color=colors[name.lower()], label=f"{name} {part}")
+            axis.plot(logs[arm]["step"], 100 * logs[arm][f"drift_{part}"], style,
+                      color=colors[arm], label=f"{ARMS[arm]} {part}")
     axis.set_title("weight drift |w - w0| / |w0|, %", fontsize=9)
     axis.legend(fontsize=7)
     axis.set_xlabel("step", fontsize=8)
@@ -190,7 +202,7 @@ def draw(path, result, seeds, text):
     axis.axis("off")
     axis = figure.add_subplot(grid[3, :])
     axis.axis("off")
-    axis.text(0, 1, "\n".join(textwrap.fill(line, 150) for line in text), va="top", fontsize=9, family="serif")
+    axis.text(0, 1, "\n".join(textwrap.fill(line, 185) for line in text), va="top", fontsize=9, family="serif")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -274,7 +286,8 @@ def main():
     arms = [arm for arm in ARMS if any(arm in rows for rows in result["rows"].values())]
     lines = [[ARMS[arm], *(f"{100 * result['rows'][m][arm]['mean']:.1f}" if arm in result["rows"][m] else ""
                            for m in MEASURES)] for arm in arms]
-    lines.append(["DPO minus SFT", *(difference_text(result["differences"]["dpo - sft"][m]) for m in MEASURES)])
+    for name, pair in (("DPO minus SFT", "dpo - sft"), ("GRPO minus stage 1", "grpo - stage1")):
+        lines.append([name, *(difference_text(result["differences"][pair][m]) for m in MEASURES)])
     common.print_table(f"%, mean of {len(args.seeds)} seed(s)",
                        ["", *(heading for heading, _, _ in MEASURES.values())], lines)
     print("\n" + "\n".join(result["text"]))

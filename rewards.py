@@ -46,7 +46,10 @@ def letter(prediction, record):
 
 def mathematical(prediction, record):
     """Equal as mathematics, by the package math-verify (Math PUMA)"""
-    from math_verify import parse, verify  # optional: pip install math-verify
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise InputError("the reward 'math' needs a package: pip install math-verify") from None
     wrapped = lambda text: text if "$" in text or "\\boxed" in text else f"${text}$"
     return float(verify(parse(wrapped(record["answer"])), parse(wrapped(prediction))))
 

@@ -23,8 +23,9 @@ def next_tokens(logits, temperature=1.0, top_p=1.0):
 
 @torch.no_grad()
 def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, top_p=1.0):
-    """images (PIL) and questions of B prompts -> B lists of `n` lists of token ids, as they were sampled: with the stop
-    token at their end, unless max_new_tokens came first.
+    """images (PIL) and questions of B prompts
+    -> B lists of `n` lists of token ids, as they were sampled: with the stop token at their end, unless max_new_tokens
+       came first; and the mean entropy of the distributions before them in nats, (), at temperature 1 and uncut
 
     A picture that is the same object for several questions is encoded once. Randomness: torch's own generator."""
     was_training = model.training
@@ -37,7 +38,10 @@ def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, 
     mask, position = mask.repeat_interleave(n, 0), mask.sum(-1).repeat_interleave(n, 0)
     said, rows = [[] for _ in logits], torch.arange(len(logits), device=mask.device)
     stop, words = torch.tensor(model.chat.stop_ids, device=mask.device), model.llm.get_input_embeddings()
+    entropy = 0.0
     for step in range(max_new_tokens):
+        logp = logits.float().log_softmax(-1)
+        entropy = entropy - (logp.exp() * logp).sum()
         ids = next_tokens(logits, temperature, top_p)                                       # (R,) of those still open
         for row, token in zip(rows.tolist(), ids.tolist()):
             said[row].append(token)
@@ -53,4 +57,4 @@ def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, 
                         past_key_values=cache, use_cache=True)
         logits, position = out.logits[:, -1], position + 1
     model.train(was_training)
-    return [said[at:at + n] for at in range(0, len(said), n)]
+    return [said[at:at + n] for at in range(0, len(said), n)], entropy / sum(map(len, said))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole study, top to bottom: one start, two ways to post-train it, and every encoder opened up.
+# The whole study, top to bottom: one start, three ways to post-train it, and every encoder opened up.
 #
 #   bash speedrun.sh                          one seed, six to fourteen minutes on two CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
@@ -12,10 +12,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
 N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3}
 N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
-LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3}
+LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3} LR_GRPO=${LR_GRPO:-3e-4}
 
 settings="STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS"
-settings+=" EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO"
+settings+=" EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_GRPO=$LR_GRPO"
 source "$here/stages.sh"
 
 folders=()
@@ -37,7 +37,14 @@ for seed in $SEEDS; do
   stage "$run/sft"  train_sft.py "${same[@]}" --lr "$LR_SFT" --data "$pairs"
   stage "$run/dpo"  train_dpo.py "${same[@]}" --lr "$LR_DPO" --data "$pairs"
 
-  arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo")
+  # GRPO gets questions without answers in words, four about each picture, and as many pictures as there are pairs;
+  # after SFT on half of the pairs, half as many
+  half=$((N_PAIRS / 2)) grpo=(--seed "$((seed + 1000))" --batch_size 128 --lr "$LR_GRPO" --data scenes/train/vqa/4)
+  stage "$run/grpo" train_grpo.py --init "$run/stage1" --n "$((4 * N_PAIRS))" "${grpo[@]}"
+  stage "$run/sft_half" train_sft.py "${same[@]}" --n "$half" --lr "$LR_SFT" --data "$pairs"
+  stage "$run/sft_grpo" train_grpo.py --init "$run/sft_half" --n "$((4 * half))" "${grpo[@]}"
+
+  arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo" "$run/grpo" "$run/sft_grpo")
   stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS"
   stage "$run/vqa"   eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST"
   stage "$run/swap"  eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1"

@@ -30,9 +30,10 @@ Left out of VLAA-Thinker's method: its open-ended reward by InternLM-XComposer2.
 """
 import argparse
 import copy
-import importlib.util
+import json
+import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from tqdm import tqdm
@@ -117,44 +118,53 @@ class Judge:
     def __call__(self, prediction, record):
         """-> the reward in [0, 1], or 0 for an answer that cannot be found"""
         said = rewards.final_answer(prediction) if self.args.think else prediction
+        if record["reward"] == "open" and not self.model:
+            raise InputError(f"{record['name']}: the reward 'open' wants a --reward_model")
         if said is None:
             return 0.0
-        kind = record.get("reward") or self.args.reward
-        if kind == "open":
+        if record["reward"] == "open":
             return rewards.open_ended(said, record, self.model, self.args.open_beta)
-        return rewards.KINDS[kind](said, record)
+        return rewards.KINDS[record["reward"]](said, record)
 
 
-def read(rows, numbers, model, args):
-    """-> usable records of these rows, reasons of the others"""
-    records, dropped = [], []
-    for number in numbers:
-        try:
-            record = rows[number]
-            kind = record.get("reward") or args.reward
-            longest = len(model.chat.prompt_ids(record["question"], model.n_image)) + args.max_new_tokens
-            if kind not in rewards.KINDS:
-                raise data.BadRow(f"{record['name']}: no reward is named '{kind}', only {', '.join(rewards.KINDS)}")
-            if kind == "place" and not record.get("box"):
-                raise data.BadRow(f"{record['name']}: the reward 'place' wants a box")
-            if kind == "math" and not importlib.util.find_spec("math_verify"):
-                raise InputError("the reward 'math' needs a package: pip install math-verify")
-            if kind == "open" and not args.reward_model:
-                raise InputError(f"{record['name']}: the reward 'open' wants a --reward_model")
-            if longest > args.max_length:
-                raise data.BadRow(f"{record['name']}: {longest} tokens, --max_length is {args.max_length}")
-            records.append(record)
-        except data.BadRow as error:
-            dropped.append(str(error))
-    return records, dropped
+class Reader:
+    """Trees (lists of row numbers that share a picture) -> the same as records, each with its kind of reward; and the
+    reasons of the rows that were left out"""
+
+    def __init__(self, rows, model, args):
+        self.rows, self.args, self.chat, self.n_image = rows, args, model.chat, model.n_image  # workers get a copy
+
+    def __call__(self, trees):
+        kept, dropped = [], []
+        for tree in trees:
+            records = []
+            for number in tree:
+                try:
+                    records.append(self.checked(self.rows[number]))
+                except data.BadRow as error:
+                    dropped.append(str(error))
+            if records:
+                kept.append([{**record, "image": records[0]["image"]} for record in records])  # one object: read once
+        return kept, dropped
+
+    def checked(self, record):
+        kind = record.get("reward") or self.args.reward
+        longest = len(self.chat.prompt_ids(record["question"], self.n_image)) + self.args.max_new_tokens
+        if kind not in rewards.KINDS:
+            raise data.BadRow(f"{record['name']}: no reward is named '{kind}', only {', '.join(rewards.KINDS)}")
+        if kind == "place" and not record.get("box"):
+            raise data.BadRow(f"{record['name']}: the reward 'place' wants a box")
+        if longest > self.args.max_length:
+            raise data.BadRow(f"{record['name']}: {longest} tokens, --max_length is {self.args.max_length}")
+        return {**record, "reward": kind}
 
 
-def as_batch(model, records, groups):
-    """Records and the sampled ids of their groups -> Batch: each group is branches of its question"""
-    images = [record["image"] for record in records]
-    return pack([model.chat.trunk_ids(model.n_image, i) for i in range(len(records))],
-                [[(model.chat.question_ids(record["question"]), group)] for record, group in zip(records, groups)],
-                model.pixels(images), model.chat.pad_id)
+def as_batch(model, trees, groups):
+    """Trees of records and the sampled ids of each record's group -> Batch: a group is branches of its question"""
+    groups = iter(groups)
+    return pack([model.chat.trunk_ids(model.n_image, i) for i in range(len(trees))],
+                [[(model.chat.question_ids(record["question"]), next(groups)) for record in tree] for tree in trees],
+                model.pixels([tree[0]["image"] for tree in trees]), model.chat.pad_id)
 
 
 def main():
@@ -186,26 +196,29 @@ def main():
     drift, kl_weight = common.Drift(model), args.kl
 
     # ---- train
-    n_dropped, n_samples_since, since, update = 0, 0, time.time(), 0
-    bar = tqdm(steps, desc="grpo")
-    for trees in bar:
-        records, dropped = read(rows, [number for tree in trees for number in tree], model, args)
+    n_dropped, update, logged = 0, 0, True
+    bar = tqdm(data.batches(Reader(rows, model, args), steps, args.batch_size, args.workers), total=len(steps),
+               desc="grpo")
+    for (trees, dropped), in bar:
         n_dropped = common.report_dropped(dropped, n_dropped)
+        records = [record for tree in trees for record in tree]
         if not records:
             update += args.updates
             continue
         # sample, judge, compare
+        if logged:
+            judged, since, logged = [], time.time(), False                      # all groups since the last line
         with autocast():
-            groups = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records], args.group,
-                                   args.max_new_tokens, args.temperature, args.top_p)
-        texts = [model.tokenizer.batch_decode(group, skip_special_tokens=True) for group in groups]
-        scores = torch.tensor([[judge(text.strip(), record) for text in group]
-                               for group, record in zip(texts, records)])               # (B,G)
-        advantage = advantages(scores, args.advantage == "std")
-        parts = []                                                              # micro-batches, with what stays fixed
-        for at in range(0, len(records), micro_batch):
-            part = slice(at, at + micro_batch)
-            batch = as_batch(model, records[part], groups[part]).to(device)
+            groups, entropy = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records],
+                                            args.group, args.max_new_tokens, args.temperature, args.top_p)
+        texts = [[text.strip() for text in model.tokenizer.batch_decode(group, skip_special_tokens=True)]
+                 for group in groups]
+        scores = torch.tensor([[judge(text, record) for text in group] for group, record in zip(texts, records)])
+        judged += zip(scores, records)
+        advantage, parts, at = advantages(scores, args.advantage == "std"), [], 0               # (B,G)
+        for some in data.cut(trees, micro_batch):                               # micro-batches, with what stays fixed
+            part = slice(at, at := at + sum(map(len, some)))
+            batch = as_batch(model, some, groups[part]).to(device)
             lengths = batch.per_response(torch.ones_like(batch.targets, dtype=torch.float))
             share = 1 / (len(records) * args.group * (lengths if args.length == "response" else
                                                       torch.full_like(lengths, args.max_new_tokens)))
@@ -214,7 +227,7 @@ def main():
                 anchor = reference.response_logps(batch) if reference else None
             parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
                           share[batch.response_of], old, anchor))
-        n_tokens, n_samples_since = sum(len(batch.targets) for batch, *_ in parts), n_samples_since + scores.numel()
+        n_tokens = sum(len(batch.targets) for batch, *_ in parts)
         for _ in range(args.updates):
             sums = defaultdict(float)
             for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
@@ -224,15 +237,17 @@ def main():
                                                  token_advantage, args.clip_low, args.clip_high)
                 loss = ((losses + kl_weight * kl) * share).sum()
                 loss.backward()
-                for name, value in {"loss": loss, "kl": kl.sum() / n_tokens, "clipped": clipped.sum() / n_tokens,
-                                    "surprise": -logps.sum() / n_tokens}.items():
+                for name, value in {"loss": loss, "kl": kl.sum() / n_tokens,
+                                    "clipped": clipped.sum() / n_tokens}.items():
                     sums[name] += value.detach()
             stats = {**sums, **optimizer.step(update)}
             if run.step(update, stats, lambda: {
-                    **drift(), **summary(scores, records, args), "kl_weight": kl_weight,
-                    "length": n_tokens / scores.numel(), "samples_per_s": n_samples_since / (time.time() - since),
-                    "dropped": n_dropped, "peak_mb": common.peak_memory_mb(device)}):
-                n_samples_since, since = 0, time.time()
+                    **drift(), **summary(judged), "entropy": entropy, "kl_weight": kl_weight,
+                    "length": n_tokens / scores.numel(), "dropped": n_dropped,
+                    "samples_per_s": len(judged) * args.group / (time.time() - since),
+                    "peak_mb": common.peak_memory_mb(device)}):
+                logged = True
+                note_samples(run.folder, update, records, texts, scores)
                 bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
             update += 1
         if args.kl_target:
@@ -240,14 +255,28 @@ def main():
     run.finish()
 
 
-def summary(scores, records, args):
-    """Rewards (B,G) -> their mean and spread, also of each kind, and the share of groups that say nothing"""
+def summary(judged):
+    """Groups of rewards (G,) with their records -> mean and spread of the rewards, the mean of each kind, and the share
+    of groups that say nothing"""
     kinds = defaultdict(list)
-    for row, record in zip(scores, records):
-        kinds[record.get("reward") or args.reward].append(row)
-    found = {"reward": scores.mean(), "reward_std": scores.std(1).mean(),
-             "no_signal": (scores.max(1).values == scores.min(1).values).float().mean()}
-    return found | {f"reward_{kind}": torch.stack(rows).mean() for kind, rows in kinds.items()}
+    for group, record in judged:
+        kinds[record["reward"]].append(group.mean())
+    scores = torch.stack([group for group, _ in judged])                        # (all groups,G)
+    return {"reward": scores.mean(), "reward_std": scores.std(1).mean(),
+            "no_signal": (scores.amax(1) == scores.amin(1)).float().mean(),
+            **{f"reward_{kind}": torch.stack(means).mean() for kind, means in kinds.items()}}
+
+
+def note_samples(folder, step, records, texts, scores):
+    """Shows and writes to samples.jsonl the question of this step whose answers differ most in reward"""
+    i = int(scores.std(1).argmax())
+    said = Counter(zip(texts[i], scores[i].tolist())).most_common()
+    tqdm.write(f"step {step:<6} {records[i]['question']}  " +
+               " | ".join(f"{n} x {text[:60]!r} {reward:.2f}" for (text, reward), n in said[:4]))
+    with open(os.path.join(folder, "samples.jsonl"), "a") as f:
+        f.write(json.dumps({"step": step, "row": records[i]["name"], "question": records[i]["question"],
+                            "answer": records[i]["answer"], "kind": records[i]["reward"],
+                            "said": [{"text": text, "reward": reward, "n": n} for (text, reward), n in said]}) + "\n")
 
 
 if __name__ == "__main__":

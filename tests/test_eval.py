@@ -146,8 +146,8 @@ def test_sampled_answers_differ_and_greedy_ones_do_not(run):
 
 def study_folder(path, shift):
     """One seed's results in the files that speedrun.sh leaves, with numbers we know"""
-    arms = {"random": 0, "stage1": .5, "more": .5, "sft": .3 + shift, "dpo": .4 + 2 * shift}
-    for name in ("probe", "vqa", "swap", "sft", "dpo"):
+    arms = {"random": 0, "stage1": .5, "more": .5, "sft": .3 + shift, "dpo": .4 + 2 * shift, "grpo": .6, "sft_grpo": .35}
+    for name in ("probe", "vqa", "swap", "sft", "dpo", "grpo", "sft_half", "sft_grpo"):
         os.makedirs(os.path.join(path, name))
     cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("logistic top-1", "linear mIoU", "two-layer mIoU", "alignment stage1, read layer")} | \
         ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("area", "energy_chosen_tokens", "energy_difference_tokens",
@@ -156,9 +156,10 @@ def study_folder(path, shift):
     json.dump({"table": {a: cell(a, v) for a, v in arms.items()}}, open(os.path.join(path, "probe", "results.json"), "w"))
     for name in ("vqa", "swap"):
         json.dump({"table": {a: vqa(v) for a, v in arms.items() if a != "random"}}, open(os.path.join(path, name, "results.json"), "w"))
-    for arm in ("sft", "dpo"):
+    for arm in ("sft", "dpo", "grpo", "sft_half", "sft_grpo"):
         with open(os.path.join(path, arm, "log.jsonl"), "w") as f:
-            f.writelines(json.dumps({"step": s, "loss": 1, "accuracy": .5, "drift_vision": .1, "drift_llm": .1}) + "\n" for s in range(3))
+            f.writelines(json.dumps({"step": s, "seconds": s, "loss": 1, "accuracy": .5, "reward": .5, "drift_vision": .1, "drift_llm": .1}) + "\n"
+                         for s in range(3))
     from PIL import Image
     Image.new("RGB", (80, 30)).save(os.path.join(path, "probe", "maps_stage1.png"))
     return path
@@ -174,5 +175,6 @@ def test_report_pairs_seeds_and_claims_nothing_from_one(tmp_path, monkeypatch, c
     d = json.load(open(tmp_path / "three" / "report.json"))["differences"]["dpo - sft"]["restricted"]
     assert d["per_seed"] == pytest.approx([.1, .12, .2]) and d["mean"] == pytest.approx(.14)
     half = 4.303 * np.std([.1, .12, .2], ddof=1) / 3**.5                            # t interval with two degrees of freedom
+    assert "60 % as taught, and 35 % if half" in capsys.readouterr().out
     assert d["low"] == pytest.approx(.14 - half) and d["high"] == pytest.approx(.14 + half)
     assert os.path.getsize(tmp_path / "three" / "report.png") > 10_000

@@ -65,7 +65,7 @@ def test_samples_are_drawn_from_the_softmax(temperature, top_p, make, pictures):
     model.chat.stop_ids = [0]
     asked = [(pictures[0], SHORT), (pictures[2], LONG)]
     torch.manual_seed(1)
-    groups = sample_groups(model, *zip(*asked), 4000, 2, temperature, top_p)
+    groups, _ = sample_groups(model, *zip(*asked), 4000, 2, temperature, top_p)
     assert [len(group) for group in groups] == [4000, 4000]
     for (image, question), group in zip(asked, groups):
         cut = lambda logits: nucleus((logits / temperature).softmax(-1), top_p)
@@ -101,7 +101,7 @@ def test_greedy_is_generate(llm, make, pictures):
     model = make(llm=llm)
     model.chat.stop_ids = [model.chat.stop_ids[0], *range(30, 370, 5)]
     images, questions = [*pictures[:3], pictures[0]], [LONG, SHORT, "is there a ring in the picture?", "where?"]
-    groups = sample_groups(model, images, questions, 3, 9, temperature=0)
+    groups, _ = sample_groups(model, images, questions, 3, 9, temperature=0)
     answers = model.generate(images, questions, 9)
     assert [[text.strip() for text in model.tokenizer.batch_decode(group, skip_special_tokens=True)] for group in groups] == \
         [[answer] * 3 for answer in answers]
@@ -117,7 +117,10 @@ def sampled(model, monkeypatch, images, questions, n, most, **how):
     """sample_groups -> groups, and for each step the log-probs (R,V) that its open rows were drawn from"""
     seen = []
     monkeypatch.setattr(sampling, "next_tokens", lambda logits, *a, **k: (seen.append(logits.log_softmax(-1)), next_tokens(logits, *a, **k))[1])
-    return sample_groups(model, images, questions, n, most, **how), seen
+    groups, entropy = sample_groups(model, images, questions, n, most, **how)
+    each = [-float((row.exp() * row).sum()) for logps in seen for row in logps]
+    assert float(entropy) == pytest.approx(sum(each) / len(each), rel=1e-5) and len(each) == sum(len(said) for group in groups for said in group)
+    return groups, seen
 
 
 @pytest.mark.parametrize("llm", ["qwen2", "llama"])
@@ -146,7 +149,7 @@ def test_rows_that_end_leave_and_the_others_do_not_notice(llm, make, pictures, m
             drawn[r, step] = float(row[said[step]])
             torch.testing.assert_close(row, plain_logits(model, images[i], questions[i], said[:step]).log_softmax(-1), rtol=0, atol=1e-4)
     with torch.no_grad():
-        batch = as_batch(model, [{"image": image, "question": question} for image, question in zip(images, questions)], groups)
+        batch = as_batch(model, [[{"image": image, "question": question}] for image, question in zip(images, questions)], groups)
         logps = model.response_logps(batch)
     assert batch.targets.tolist() == sum((said for _, said in rows), []) and batch.n_responses == 15
     assert batch.response_of.tolist() == [r for r, length in enumerate(lengths) for _ in range(length)]
@@ -161,16 +164,16 @@ def test_the_limit_the_seed_and_the_shared_picture(make, pictures):
     model.vision.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
     model.llm.register_forward_pre_hook(lambda *_: steps.append(1))
     images = [pictures[0], pictures[1], pictures[0]]
-    ask = lambda most, seed: (torch.manual_seed(seed), sample_groups(model, images, [SHORT, SHORT, LONG], 4, most))[1]
+    ask = lambda most, seed: (torch.manual_seed(seed), sample_groups(model, images, [SHORT, SHORT, LONG], 4, most)[0])[1]
     for most in (1, 2, 5):
         steps.clear()
         groups = ask(most, 0)
         assert len(steps) == most and {len(said) for group in groups for said in group} == {most}
     assert encoded == [2, 2, 2] and ask(5, 0) == groups != ask(5, 1)
     assert len({tuple(said) for said in groups[0]}) > 1
-    greedy = sample_groups(model, images, [SHORT, SHORT, LONG], 1, 4, temperature=0)
+    greedy, _ = sample_groups(model, images, [SHORT, SHORT, LONG], 1, 4, temperature=0)
     for image, question, group in zip(images, [SHORT, SHORT, LONG], greedy):
-        assert group == sample_groups(model, [image], [question], 1, 4, temperature=0)[0]
+        assert [group] == sample_groups(model, [image], [question], 1, 4, temperature=0)[0]
 
 
 # ---- the equations ---------------------------------------------------------------------------------------------------------
@@ -369,23 +372,37 @@ def test_mathematical():
 
 
 def test_the_judge():
-    # the row's own kind before the flag; tags only where they are asked for; open answers through the model
-    flags = {"reward_model": None, "reward": "exact", "think": False, "open_beta": 2.}
-    make = lambda **more: train_grpo.Judge(SimpleNamespace(**flags | more), None)
-    assert make()("red", {"answer": "red"}) == 1 == make(reward="digit")("so 5", {"answer": "5"}) and make()("so 5", {"answer": "5"}) == 0
-    assert make()("so 5", {"answer": "5", "reward": "digit"}) == 1 and make(reward="digit")("red", {"answer": "red", "reward": "exact"}) == 1
-    assert make()("so 5", {"answer": "5", "reward": None}) == 0
-    think, record = make(think=True), {"answer": "red"}
-    assert think("red", record) == 0 and think("<think>x</think><answer>red</answer>", record) == 1 and make()("<answer>red</answer>", record) == 0
-    judge = make()
+    # by the row's kind; tags only where they are asked for; open answers through the model, or a line that says which flag is missing
+    make = lambda **more: train_grpo.Judge(SimpleNamespace(**{"reward_model": None, "think": False, "open_beta": 2.} | more), None)
+    red, five = {"answer": "red", "reward": "exact"}, {"answer": "5", "reward": "digit"}
+    assert make()("red", red) == 1 == make()("so 5", five) and make()("so 5", {**five, "reward": "exact"}) == 0
+    think = make(think=True)
+    assert think("red", red) == 0 and think("<think>x</think><answer>red</answer>", red) == 1 and make()("<answer>red</answer>", red) == 0
+    judge, free = make(), {"question": "?", "answer": "red", "reward": "open", "name": "rows.jsonl line 3"}
     judge.model = lambda question, answer: float(len(answer))
-    assert judge("redder", {"question": "?", "answer": "red", "reward": "open"}) == pytest.approx(1 - math.exp(-6))
+    assert judge("redder", free) == pytest.approx(1 - math.exp(-6))
+    for refused in (make(), make(think=True)):
+        with pytest.raises(InputError, match="line 3.*--reward_model"):
+            refused("redder", free)
     assert {*rewards.KINDS} == {"exact", "digit", "letter", "math", "iou", "place", "open"}
+
+
+def test_the_reader_keeps_trees_and_names_kinds(make):
+    # the row's own kind before the flag's; the questions of a tree get one and the same picture; a tree without rows is gone
+    model, pictures = make(), [Image.new("RGB", (9, 9)) for _ in range(4)]
+    rows = [{"question": "?", "answer": "a", "image": picture, "name": f"row {i}"} for i, picture in enumerate(pictures)]
+    rows[1]["reward"], rows[2]["reward"], rows[3]["reward"] = "digit", None, "places"
+    read = train_grpo.Reader(rows, model, SimpleNamespace(reward="letter", max_new_tokens=4, max_length=500))
+    trees, dropped = read([[0, 1], [3], [2]])
+    assert [[record["name"] for record in tree] for tree in trees] == [["row 0", "row 1"], ["row 2"]]
+    assert [[record["reward"] for record in tree] for tree in trees] == [["letter", "digit"], ["letter"]]
+    assert trees[0][0]["image"] is trees[0][1]["image"] is pictures[0] and trees[1][0]["image"] is pictures[2]
+    assert len(dropped) == 1 and dropped[0].startswith("row 3: no reward is named 'places'") and "image" in rows[1] and rows[1]["image"] is pictures[1]
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------------
 
-FIELDS = {"step", "seconds", "loss", "kl", "clipped", "surprise", "lr", "grad_norm", "grad_norm_vision", "grad_norm_connector", "grad_norm_llm",
+FIELDS = {"step", "seconds", "loss", "kl", "clipped", "entropy", "lr", "grad_norm", "grad_norm_vision", "grad_norm_connector", "grad_norm_llm",
           "drift_vision", "drift_connector", "drift_llm", "reward", "reward_std", "no_signal", "reward_exact", "kl_weight", "length",
           "samples_per_s", "dropped", "peak_mb"}
 
@@ -421,7 +438,7 @@ def canned(monkeypatch):
             assert n == len(texts) == train_grpo.parser.parse_args().group and len(images) == len(questions)
             groups = [[model.chat.response_ids(text) for text in texts] for _ in questions]
             calls.append({"head": model.chat.head, "images": images, "questions": questions, "groups": groups, "how": (most, temperature, top_p)})
-            return groups
+            return groups, torch.tensor(.5)
         monkeypatch.setattr(train_grpo, "sample_groups", sampler)
         return calls
     return canned
@@ -448,7 +465,7 @@ def test_a_run(train, any_reward, start_run, capsys):
     for line in lines:
         assert FIELDS <= set(line) <= FIELDS | {"reward_place"} and all(math.isfinite(value) for value in line.values())
         assert line["dropped"] == 0 and line["kl_weight"] == 1e-3 and line["clipped"] == 0 and 1 <= line["length"] <= 4
-        assert min(line[f"drift_{part}"] for part in ("vision", "connector", "llm")) > 0 and 0 < line["reward"] < 1 and line["surprise"] > 0
+        assert min(line[f"drift_{part}"] for part in ("vision", "connector", "llm")) > 0 and 0 < line["reward"] < 1 and line["entropy"] > 0
     assert lines[0]["kl"] == 0 and all(line["kl"] > 0 for line in lines[1:])
     again, _ = train("--epochs", 2, out="again")
     other, _ = train("--epochs", 2, "--seed", 1, out="other")
@@ -480,7 +497,7 @@ def test_micro_batches_change_nothing(flags, train, any_reward, start_run):
         for name, value in weights(run).items():
             if not (name.startswith("vision") and "k_proj.bias" in name):  # no gradient but rounding noise, which Adam scales up
                 assert (value - full[name]).norm() <= 1e-2 * (full[name] - start[name]).norm(), (micro, name)
-        for key in ("loss", "surprise", "grad_norm", "grad_norm_vision", "reward", "length", "clipped"):
+        for key in ("loss", "entropy", "grad_norm", "grad_norm_vision", "reward", "length", "clipped"):
             assert found[key] == pytest.approx(line[key], rel=1e-4, abs=1e-6), (micro, key)
 
 
@@ -509,18 +526,18 @@ def test_the_first_update_is_the_policy_gradient(length, advantage, micro_batch,
     assert call["how"] == (9, .8, .9)
     model, mean = MLLM.load(start_run), sum(points.values()) / 4
     deviation = math.sqrt(sum((r - mean)**2 for r in points.values()) / 3) + 1e-4
-    loss, value, n_tokens, surprise = 0, 0, 0, 0
+    loss, value, n_tokens = 0, 0, 0
     for image, question, group in zip(call["images"], call["questions"], call["groups"]):
         for said, reward in zip(group, points.values(), strict=True):
             share = (reward - mean) / (deviation if advantage == "std" else 1) / (len(said) if length == "response" else 9) / 16
             logps = slow_logps(model, image, question, said)
             loss, value = loss - share * logps.sum(), value - share * len(said)
-            n_tokens, surprise = n_tokens + len(said), surprise - float(logps.detach().sum())
+            n_tokens += len(said)
     loss.backward()
     norms = {part: math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
              for part, module in model.parts().items()}
     assert {part: line[f"grad_norm_{part}"] for part in norms} == pytest.approx(norms, rel=1e-4)
-    assert line["loss"] == pytest.approx(value, abs=1e-5) and line["surprise"] == pytest.approx(surprise / n_tokens, rel=1e-4)
+    assert line["loss"] == pytest.approx(value, abs=1e-5)
     assert line["length"] == pytest.approx(n_tokens / 16, rel=1e-5) and line["reward"] == pytest.approx(mean) and line["no_signal"] == 0
     assert line["reward_std"] == pytest.approx(deviation - 1e-4, rel=1e-4)
 
@@ -554,6 +571,33 @@ def test_the_second_update_is_the_clipped_equation(length, micro_batch, train, c
     assert 0 < clips < n_tokens and lines[1]["clipped"] == pytest.approx(clips / n_tokens, abs=2.1 / n_tokens)
     assert lines[1]["loss"] == pytest.approx(float(total.detach()), rel=2e-3, abs=2e-4) and lines[1]["kl"] == pytest.approx(kls / n_tokens, rel=2e-3)
     assert lines[1]["grad_norm"] == pytest.approx(norm, rel=2e-2)
+
+
+def test_samples_and_means_since_the_last_line(train, canned, monkeypatch, capsys):
+    # a line of the log has the mean of all its steps; the question shown is one whose answers differ; its rewards and counts are all there
+    said, n = ("red", "no", "red"), iter(range(10**6))
+    for kind in ("exact", "place"):
+        monkeypatch.setitem(rewards.KINDS, kind, lambda prediction, record: next(n) // 12 / 4 + float(prediction == "red") / 8)
+    canned(*said)
+    run, lines = train("--steps", 3, "--log_every", 2)
+    assert [line["step"] for line in lines] == [0, 2] and [line["reward"] for line in lines] == pytest.approx([1 / 12, 3 / 8 + 1 / 12], abs=1e-6)
+    with open(os.path.join(run, "samples.jsonl")) as f:
+        shown = [json.loads(line) for line in f]
+    assert [line["step"] for line in shown] == [0, 2] and all({"row", "question", "answer", "kind", "said"} <= {*line} for line in shown)
+    assert shown[0]["said"] == [{"text": "red", "reward": .125, "n": 2}, {"text": "no", "reward": 0, "n": 1}]
+    assert f"{shown[0]['question']}  2 x 'red' 0.12 | 1 x 'no' 0.00" in capsys.readouterr().out
+
+
+def test_workers_and_trees_change_nothing(train, any_reward, monkeypatch):
+    # four questions about each picture: read by two workers, or one question a tree, the same samples' first losses; a picture of a tree is encoded once
+    flags, encoded = ("--data", "scenes/train/vqa/4", "--steps", 2), []
+    features = MLLM.features
+    monkeypatch.setattr(MLLM, "features", lambda self, pixels: (encoded.append(len(pixels)), features(self, pixels))[1])
+    _, lines = train(*flags)
+    assert encoded == [1, 1, 1] * 2  # to sample, for the reference and for the policy
+    _, found = train(*flags, "--workers", 2, out="workers")
+    drop = lambda line: {key: value for key, value in line.items() if key not in ("seconds", "samples_per_s", "peak_mb")}
+    assert [drop(line) for line in found] == [drop(line) for line in lines]
 
 
 def test_equal_rewards_move_nothing(train, canned, start_run):
@@ -663,9 +707,9 @@ def test_a_bandit_is_solved(make, pictures):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     torch.manual_seed(0)
     for _ in range(60):
-        groups = sample_groups(model, [pictures[0]], [SHORT], 32, 1)
+        groups, _ = sample_groups(model, [pictures[0]], [SHORT], 32, 1)
         advantage = advantages(torch.tensor([[float(said[0] == target) for said in groups[0]]]))
-        batch = as_batch(model, [record], groups)
+        batch = as_batch(model, [[record]], groups)
         logps = model.response_logps(batch)
         losses, *_ = grpo_terms(logps, logps.detach(), None, advantage.flatten()[batch.response_of], .2, .2)
         losses.mean().backward()

@@ -36,15 +36,16 @@ def test_speedrun_from_another_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "n = 1: not resolved" in done.stdout and "DPO minus SFT" in done.stdout
-    for arm in ("stage1", "more", "sft", "dpo"):
-        assert sorted(os.listdir(tmp_path / "study" / "seed0" / arm)) == ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
+    for arm in ("stage1", "more", "sft", "dpo", "grpo", "sft_half", "sft_grpo"):
+        assert sorted({*os.listdir(tmp_path / "study" / "seed0" / arm)} - {"samples.jsonl"}) == \
+            ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
     report = json.load(open(tmp_path / "study" / "report.json"))
-    assert set(report["rows"]["classification"]) == {"random", "stage1", "more", "sft", "dpo"}
+    assert set(report["rows"]["classification"]) == {"random", "stage1", "more", "sft", "dpo", "grpo", "sft_grpo"}
     first_line = json.loads(open(tmp_path / "study" / "seed0" / "dpo" / "log.jsonl").readline())
     assert first_line["loss"] == pytest.approx(0.693147, abs=1e-6) and first_line["accuracy"] == .5
     made = {path: os.path.getmtime(path) for path in (tmp_path / "study" / "seed0").iterdir()}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(" is there") == 7
+    assert done.returncode == 0 and done.stdout.count(" is there") == 10
     assert made == {path: os.path.getmtime(path) for path in made}
     done = subprocess.run(command, cwd=tmp_path, env={**env, "STAGE1_STEPS": "4"}, capture_output=True, text=True)
     assert done.returncode == 1 and "other settings" in done.stderr                 # never a mixture of two studies
