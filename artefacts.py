@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from einops import reduce
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import (AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           ViTModel)
 from transformers.models.vit.modeling_vit import ViTPooler
@@ -27,6 +27,7 @@ from transformers.models.vit.modeling_vit import ViTPooler
 import common
 import figures
 from model import MLLM, SYSTEM, InputError, swap
+from rows import open_picture
 from trees import pack
 
 parser = argparse.ArgumentParser(prog="model.py", description=__doc__,
@@ -192,11 +193,7 @@ def ask(runs, path, question, map_path=None, max_new_tokens=64):
     """Prints each run's answer, a line a run, and draws their maps if asked."""
     if map_path and not (map_path.endswith(".png") and os.path.isdir(os.path.dirname(map_path) or ".")):
         raise InputError(f"--map {map_path}: must be a .png file in a folder that exists")
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # whatever PIL says of a broken file
-        raise InputError(f"picture {path} cannot be read: {error}") from None
+    picture = open_picture(path)
     device, autocast = common.setup(0)
     panels = []
     for name, run in zip(common.names(runs), runs):

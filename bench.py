@@ -24,8 +24,8 @@ AdamW). From naive on, each has the savings of the one before it:
 The last three draw 8 responses to each question, as long as the shape's longest; their pairs/s are responses a second.
 Each variant runs in a process of its own, in rounds, so that a busy machine is busy for all of them; a ratio is taken
 within its round. Every variant must give the same losses and gradient norms: policy and reference have different
-weights, as at equal weights any broken variant has the loss log 2; samplers must say the same where they are greedy. Peak memory is measured in another run (on a CPU
-through /proc: Linux only), above what was held at the start of a step (weights, Adam's moments, a live reference) and
+weights, as at equal weights any broken variant has the loss log 2; samplers must say the same where they are greedy.
+Peak memory is measured in another run (on a CPU through /proc: Linux only), above what was held at the start of a step (weights, Adam's moments, a live reference) and
 is told beside it. FLOPs are those of a step, without the reference pass where its log-probs are numbers.
 """
 import argparse
@@ -77,7 +77,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, fro
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "middle"], help="sizes of model and data")
-parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING, help="default: all; TRL's only where it is installed")
+parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING,
+                    help="default: all; TRL's only where it is installed")
 parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
 parser.add_argument("--steps", type=int, help="optimiser steps of a run, the first of which is not timed (default: the "
                                               "shape's own, 3 to 10)")

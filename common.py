@@ -1,6 +1,7 @@
 """What every stage needs and no stage is about: device, optimiser, schedule, the log, and the run directory."""
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -8,18 +9,26 @@ import json
 import math
 import os
 import platform
+import random
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
-from model import InputError, can_compile
+from model import MLLM, InputError, can_compile, first_line
 
 aten = torch.ops.aten
 COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, and attention on a CPU
@@ -67,7 +76,13 @@ def installed_tracker(package):
 def add_training_flags(parser, lr, epochs, batch_size):
     """The flags that every train_*.py has, with the stage's own defaults."""
     add = parser.add_argument
-    add("--out", required=True, help="run directory to write; must not exist")
+    add("--out", required=True, help="run directory to write; until it is whole it is OUT.tmp")
+    add("--resume", action="store_true",
+        help="go on from the last save in OUT.tmp, with the same flags; without one, begin")
+    add("--overwrite", action="store_true", help="replace what OUT and OUT.tmp hold")
+    add("--save_every", type=positive, default=500, help="steps between saves in OUT.tmp (and at Ctrl-C)")
+    add("--keep", type=positive, default=1,
+        help="how many saves to keep, the newest; with more than 1 they stay in OUT/step-N at the end, else none does")
     add("--n", type=positive,
         help="use only the first N rows of each --data (of the drawn world: draw N rows, default 20000)")
     add("--weights", type=float, nargs="+",
@@ -95,6 +110,9 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
     add("--max_length", type=positive, default=2048,
         help="longest row in tokens, image tokens included; longer rows are dropped and named")
+    add("--strict", action="store_true", help="stop at the first row that cannot be used")
+    add("--max_bad", type=float, default=0.05,
+        help="stop when more than this share of all rows to be read cannot be used; 1 never stops")
     add("--grad_checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time")
     add("--compile", type=true_or_false, default=can_compile(),
@@ -134,16 +152,26 @@ def cli(main):
         raise SystemExit("stopped") from None
 
 
-def check_out(out):
-    if os.path.exists(out):
-        raise SystemExit(f"--out {out} exists already; remove it or choose another name")
+def check_out(args):
+    """Refuses a run directory that holds another run; has nothing to do where --resume finds a finished one"""
+    unfinished = args.out.rstrip("/") + ".tmp"
+    if args.resume and args.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite begins anew: give one of them")
+    if os.path.exists(args.out) and args.resume:
+        print(f"{args.out} is finished")
+        raise SystemExit(0)
+    if os.path.exists(args.out) and not args.overwrite:
+        raise InputError(f"--out {args.out} exists already; choose another name, or --overwrite it")
+    if os.path.exists(unfinished) and not (args.resume or args.overwrite):
+        raise InputError(f"{unfinished} is a run that was not finished: --resume goes on with it, --overwrite begins "
+                         "anew")
 
 
 def report_dropped(dropped, before):
     """Names the first five rows that could not be used. -> how many there have been so far"""
-    for number, reason in enumerate(dropped, before + 1):
+    for number, why in enumerate(dropped, before + 1):
         if number <= 5:
-            tqdm.write(f"dropped     {reason}" + (" (further ones are only counted)" if number == 5 else ""))
+            tqdm.write(f"dropped     {why}" + (" (further ones are only counted)" if number == 5 else ""))
     return before + len(dropped)
 
 
@@ -201,6 +229,19 @@ class Optimizer:
         return {"lr": scale * max((g["peak"] for g in self.optimizers[0].param_groups), default=0),
                 "grad_norm": total, **norms}
 
+    def state(self):
+        """The moments of every parameter, {"0/llm.lm_head.weight/exp_avg": tensor}"""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {f"{i}/{names[parameter]}/{key}": value for i, optimizer in enumerate(self.optimizers)
+                for parameter, values in optimizer.state.items() for key, value in values.items()}
+
+    def load_state(self, tensors):
+        """Takes back what `state` gave"""
+        parameters = dict(self.model.named_parameters())
+        for place, tensor in tensors.items():
+            i, name, key = place.split("/")
+            self.optimizers[int(i)].state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
+
 
 def digest(*parts):
     """A short name of what was given, text or tensors: other contents, another name"""
@@ -246,20 +287,70 @@ def tracker(package, folder, name, settings):
     return lambda step, values: found.log(values, step=step), found.finish
 
 
+@contextlib.contextmanager
+def stop_signals():
+    """-> a list that gets the name of the signal when Ctrl-C or SIGTERM comes; a second one ends the process at once"""
+    caught, before = [], {}
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+        print("\nfinishing this step, then saving; once more to stop without", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def random_state():
+    """The state of every random number generator -> what JSON can hold, tensors"""
+    kind, keys, *rest = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}, \
+        {"rng/cpu": torch.get_rng_state(), **{f"rng/{i}": state for i, state in enumerate(devices)}}
+
+
+def set_random_state(numbers, tensors):
+    version, keys, gauss = numbers["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(numbers["numpy"])
+    torch.set_rng_state(tensors["rng/cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state for name, state in tensors.items() if name != "rng/cpu"])
+
+
 class Run:
-    """A run directory in the making: OUT.tmp with a growing log.jsonl, renamed to OUT when all is written.
+    """A run directory in the making: OUT.tmp with growing logs and the last saves, renamed to OUT when all is written.
 
-    So OUT is either whole or absent, and a killed run leaves its log to look at in OUT.tmp."""
+    So OUT is either whole or absent. A save, OUT.tmp/step-N, is a run directory like any other, with what --resume
+    needs beside it in train_state/; it is written as OUT.tmp/saving and then renamed, so it is whole or absent too."""
 
-    def __init__(self, args, model, total_steps, **more):
-        self.out, self.folder, self.model = args.out, args.out.rstrip("/") + ".tmp", model
-        self.log_every, self.total_steps, self.step_flops = args.log_every, total_steps, None
-        self.unread, self.n_trained = [], 0
+    LOGS = ("log.jsonl", "samples.jsonl")
+    FREE = ("resume", "overwrite", "save_every", "keep", "workers", "report_to", "strict", "max_bad")  # to be changed
+
+    def __init__(self, args, model, optimizer, steps, updates=1, **more):
+        self.args, self.model, self.optimizer, self.steps, self.updates = args, model, optimizer, steps, updates
+        self.out, self.folder = args.out, args.out.rstrip("/") + ".tmp"
+        self.total_steps, self.step_flops, self.unread, self.n_trained = len(steps) * updates, None, [], 0
+        self.first, self.dropped, self.carried = 0, Counter(), SimpleNamespace()
         self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
-                         "total_steps": total_steps, **more}
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.makedirs(self.folder)
-        self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "w"), time.time()
+                         "total_steps": self.total_steps, **more}
+        os.makedirs(self.folder, exist_ok=True)
+        self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "a"), time.time()
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder} is being written by another process") from None
+        if not (args.resume and self.saves()):
+            self.file.truncate(0)
+            for name in set(os.listdir(self.folder)) - {"log.jsonl"}:
+                path = os.path.join(self.folder, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         self.report, self.end_report = (lambda step, values: None), (lambda: None)
         if args.report_to:
             self.report, self.end_report = tracker(args.report_to, self.folder, self.out, self.settings)
@@ -268,23 +359,130 @@ class Run:
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
             print(f"{name:<11} {sum(p.numel() for p in part.parameters()):>13,} parameters, {trained:>13,} trained")
 
+    # ---- saves -------------------------------------------------------------------------------------------------------
+
+    def saves(self, folder=None):
+        """The saves in OUT.tmp or in `folder`, oldest first"""
+        folder = folder or self.folder
+        found = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name)]
+        return [os.path.join(folder, name) for name in sorted(found, key=lambda name: int(name[5:]))]
+
+    def again(self):
+        """In words: the last save, and the command that goes on from it"""
+        flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
+        command = shlex.join(["python", sys.argv[0], *flags, "--resume"])
+        return f"the last save is {self.saves()[-1]}; go on with: {command}" if self.saves() else "there is no save yet"
+
+    def save(self, step):
+        """Writes OUT.tmp/step-N after N steps, then removes those older than the last --keep."""
+        self.check()
+        folder, whole = os.path.join(self.folder, "saving"), os.path.join(self.folder, f"step-{step}")
+        if os.path.exists(whole):
+            return
+        numbers, tensors = random_state()
+        state = {"step": step, "carried": vars(self.carried), "dropped": self.dropped, "n_trained": self.n_trained,
+                 "step_flops": self.step_flops, "seconds": time.time() - self.began, "random": numbers,
+                 "logs": {name: os.path.getsize(os.path.join(self.folder, name)) for name in self.LOGS
+                          if os.path.exists(os.path.join(self.folder, name))}}
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.makedirs(os.path.join(folder, "train_state"))
+            self.model.write(folder, {**self.settings, "step": step})
+            save_file(self.optimizer.state() | tensors, os.path.join(folder, "train_state", "tensors.safetensors"))
+            with open(os.path.join(folder, "train_state", "state.json"), "w") as f:
+                json.dump(state, f, default=float)                              # () tensors become numbers
+            os.rename(folder, whole)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(f"step {step} could not be saved: {first_line(error)}; {self.again()}") from error
+        for old in self.saves()[:-self.args.keep]:
+            shutil.rmtree(old)
+
+    def restore(self, **carried):
+        """Takes model, optimiser, random numbers and log back to the last save, if --resume finds one.
+        `carried`: what the loop hands from step to step, as JSON can hold it -> the same, as it was at that save"""
+        self.carried = SimpleNamespace(**carried)
+        saves = self.saves()
+        if not saves:
+            return self.carried
+        with open(os.path.join(saves[-1], "config.json")) as f:
+            before = json.load(f)
+        now = json.loads(json.dumps(self.settings))
+        for key in now["args"].keys() - {*self.FREE, "out"}:
+            if before["args"].get(key) != now["args"][key]:
+                raise InputError(f"{saves[-1]} was trained with --{key} {before['args'].get(key)}, not "
+                                 f"{now['args'][key]}: --resume wants the same flags")
+        if before["rows"] != now["rows"]:
+            raise InputError(f"--data {' '.join(self.args.data)} has changed since {saves[-1]} was written: --resume "
+                             "wants the same rows")
+        self.model.load_state_dict(MLLM.load(saves[-1]).state_dict())
+        try:
+            with open(os.path.join(saves[-1], "train_state", "state.json")) as f:
+                state = json.load(f)
+            tensors = load_file(os.path.join(saves[-1], "train_state", "tensors.safetensors"))
+            drawn = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("rng/")}
+            self.optimizer.load_state(tensors)
+            set_random_state(state["random"], drawn)
+            self.first, self.n_trained, self.step_flops = state["step"], state["n_trained"], state["step_flops"]
+            self.dropped, self.began = Counter(state["dropped"]), time.time() - state["seconds"]
+            for name in self.LOGS:                                              # what was logged after the save
+                if name in state["logs"]:
+                    os.truncate(os.path.join(self.folder, name), state["logs"][name])
+            vars(self.carried).update(state["carried"])
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{saves[-1]}/train_state cannot be used ({first_line(error)}): remove {saves[-1]} to go "
+                             "on from an earlier save") from error
+        print(f"resumed     {saves[-1]}")
+        return self.carried
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def loop(self, batches):
+        """`data.batches` from step `first` on -> for every step its number and its batches, as long as there are any;
+        rows that cannot be used are named and counted. Saves when it is time to, or when asked to stop."""
+        name = os.path.basename(sys.argv[0]).removeprefix("train_").removesuffix(".py")
+        with stop_signals() as stop, tqdm(total=len(self.steps), initial=self.first, desc=name) as self.bar:
+            for step, parts in enumerate(batches, self.first):
+                for batch, dropped in parts:
+                    self.drop(dropped)
+                usable = [batch for batch, _ in parts if batch]
+                if usable:
+                    yield step, usable
+                self.bar.update()
+                if stop or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
+                    self.save(step + 1)
+                if stop:
+                    raise SystemExit(f"stopped by {stop[0]} after step {step}; {self.again()}")
+
+    def drop(self, dropped):
+        """Counts rows that cannot be used by reason, names the first few, and stops the run if they are too many."""
+        if dropped and self.args.strict:
+            raise InputError(f"--strict: {dropped[0]}")
+        report_dropped(dropped, self.dropped.total())
+        self.dropped.update(map(reason, dropped))
+        share = self.dropped.total() / (len(self.steps) * self.args.batch_size)
+        if dropped and share > self.args.max_bad:
+            raise InputError(f"{self.dropped.total()} rows cannot be used, more than --max_bad {self.args.max_bad:g} of"
+                             f" all: {reasons(self.dropped)}; python data.py check lists them")
+
     def step(self, step, values, more=dict):
         """Takes the values of a step: () tensors, which stay on their device, as reading one makes the CPU wait for it.
 
         They are read every --log_every steps and at the last, and then the step's line is logged with what `more()`
         adds. -> was it logged?"""
         self.n_trained += 1
-        self.unread.append((step, torch.stack([values["loss"], values["grad_norm"]])))
-        if step % self.log_every and step != self.total_steps - 1:
+        watched = {name: torch.as_tensor(value) for name, value in values.items() if name.startswith(("loss", "grad"))}
+        self.unread.append((step, list(watched), torch.stack([value.float() for value in watched.values()])))
+        if step % self.args.log_every and step != self.total_steps - 1:
             return False
         self.check()
-        self.log(step, {**values, **more()})
+        self.log(step, {**values, **more(), "dropped": self.dropped.total()})
         return True
 
     def count_flops(self, step, batches):
         """Passes on the micro-batches of a step; in the second step the floating-point operations of the loop around it
-        are counted: counting always would cost time, and as it sets compiled code aside, DPO's rewards would not be 0
-        to the last bit in the first step."""
+        are counted: counting always would cost time, and as compiled code steps aside meanwhile, DPO's rewards would
+        not be 0 to the last bit in the first step."""
         if self.step_flops is not None or step == 0 < self.total_steps - 1:
             yield from batches
             return
@@ -294,11 +492,13 @@ class Run:
 
     def check(self):
         """Stops the run at the first loss or gradient that is not a number: nothing after it could be right."""
-        for step, pair in self.unread:
-            for key, value in zip(("loss", "grad_norm"), pair.tolist()):
-                if not math.isfinite(value):
-                    raise SystemExit(f"step {step}: {key} is {value}; the log so far is {self.file.name}. "
-                                     f"A lower --lr usually helps.")
+        for step, names, values in self.unread:
+            bad = [f"{name} is {value}" for name, value in zip(names, values.tolist()) if not math.isfinite(value)]
+            if bad:
+                rows = "of a stream" if self.args.stream else \
+                    ", ".join(str(row) for tree in self.steps[step // self.updates] for row in tree)
+                raise SystemExit(f"step {step}: {', '.join(bad)} (rows {rows}). A lower --lr usually helps. The log so far "
+                                 f"is {self.file.name}; {self.again()}")
         self.unread = []
 
     def log(self, step, values):
@@ -310,16 +510,39 @@ class Run:
         self.report(step, values)
 
     def finish(self):
+        """Writes the trained model, and OUT.tmp becomes OUT."""
         self.check()
-        self.file.close()
-        self.end_report()
         if not self.n_trained:
             raise SystemExit(f"--data {' '.join(self.settings['args']['data'])}: not one row could be used")
         self.settings["seconds"] = round(time.time() - self.began, 1)
         self.settings["flops"] = self.step_flops and self.step_flops * self.total_steps  # as if all were as that step
-        self.model.write(self.folder, self.settings)
+        self.settings["dropped"] = self.dropped
+        try:
+            self.model.write(self.folder, self.settings)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.folder} could not be written: {first_line(error)}; {self.again()}") from error
+        self.file.close()
+        self.end_report()
+        old = self.folder + ".old"
+        if os.path.exists(self.out):                                            # --overwrite: until now it was whole
+            os.rename(self.out, old)
         os.rename(self.folder, self.out)
-        print(f"saved       {self.out}  ({self.settings['seconds']:.0f} s)")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.args.keep == 1:                                                 # it was there for --resume alone
+            for save in self.saves(self.out):
+                shutil.rmtree(save, ignore_errors=True)
+        print(f"saved       {self.out}  ({self.settings['seconds']:.0f} s)"
+              + (f"; dropped: {reasons(self.dropped)}" if self.dropped else ""))
+
+
+def reason(why):
+    """What was wrong with a row, "NAME: REASON[: DETAILS]", without names and numbers: to count by"""
+    return re.sub(r"\d+", "N", why.partition(": ")[2].partition(": ")[0])
+
+
+def reasons(counts):
+    """A Counter of reasons -> text, most frequent first"""
+    return ", ".join(f"{count} x {why}" for why, count in counts.most_common())
 
 
 @contextlib.contextmanager

@@ -142,13 +142,14 @@ class Itself(torch.utils.data.Dataset):
         return trees
 
 
-def batches(collator, steps, micro_batch, workers=0):
-    """Yields for each step the list of its micro-batches [(Batch, dropped), ...] of at most `micro_batch` rows;
-    pictures are decoded by `workers` processes, ahead of the step that needs them"""
+def batches(collator, steps, micro_batch, workers=0, first=0):
+    """Yields for each step, from step number `first` on, the list of its micro-batches [(Batch, dropped), ...] of at
+    most `micro_batch` rows; pictures are decoded by `workers` processes, ahead of the step that needs them. What comes
+    before `first` is passed over, not read."""
     counts = deque()                                                            # micro-batches of the steps under way
 
     def micro_batches():
-        for step in steps:
+        for step in itertools.islice(steps, first, None):
             parts = list(cut(step, micro_batch))
             counts.append(len(parts))
             yield from parts
@@ -159,7 +160,8 @@ def batches(collator, steps, micro_batch, workers=0):
         len(list(cut(steps[0], micro_batch)))
     ahead = math.ceil(n_parts / workers) + 1 if workers else None               # a worker's share of a step, and one
     loader = iter(DataLoader(Itself(), batch_size=None, sampler=micro_batches(), collate_fn=collator,
-                             num_workers=workers, prefetch_factor=ahead, pin_memory=torch.cuda.is_available()))
+                             num_workers=workers, prefetch_factor=ahead, pin_memory=torch.cuda.is_available(),
+                             generator=torch.Generator()))  # or it would take a number from everybody's
     for batch in loader:
         yield [batch, *itertools.islice(loader, counts.popleft() - 1)]
 

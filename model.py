@@ -20,18 +20,23 @@ Axes: B or I pictures, S packed rows, T row length, N' patches, N image tokens, 
 V vocabulary.
 """
 import copy
+import glob
 import json
 import os
+import re
 import shutil
 import sysconfig
 import tempfile
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, Dinov2Model,
                           Dinov2WithRegistersModel, SiglipVisionModel, ViTModel)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision one level up
@@ -158,20 +163,23 @@ class ResponseLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, functions):
         ctx.chunk, ctx.functions = max(1, CHUNK_LOGITS // len(weight)), functions
-        logps, totals = zip(*(functions[0](h, weight, bias, t)
-                              for h, t in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))))
+        # detached: torch.compile makes a function anew for tensors that require a gradient and for those that do not
+        logps, totals = zip(*(functions[0](h, weight.detach(), None if bias is None else bias.detach(), t)
+                              for h, t in zip(hidden.detach().split(ctx.chunk), targets.split(ctx.chunk))))
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(totals))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, gradient):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
+        gradient = gradient.contiguous()                                                # that of a sum is one number
         grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t) if t is not None and needed else None for t, needed
                                                in zip((hidden, weight, bias), ctx.needs_input_grad))
         with torch.autocast(gradient.device.type, enabled=False):  # backward may be called where forward was not
             for at in range(0, len(hidden), ctx.chunk):
                 part = slice(at, at + ctx.chunk)
-                grad_logits = ctx.functions[1](hidden[part], weight, bias, targets[part], totals[part], gradient[part])
+                grad_logits = ctx.functions[1](hidden.detach()[part], weight.detach(), None if bias is None else
+                                               bias.detach(), targets[part], totals[part], gradient[part])
                 if grad_hidden is not None:
                     torch.mm(grad_logits, weight, out=grad_hidden[part])
                 if grad_weight is not None:
@@ -179,6 +187,13 @@ class ResponseLogps(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def compiled(function):
+    """torch.compile, `dynamic` as the number of response tokens changes with every batch. Steps aside while FLOPs are
+    counted: a function that is compiled and called in a dispatch mode runs uncompiled ever after."""
+    fast = torch.compile(function, dynamic=True)
+    return lambda *inputs: (function if is_in_torch_dispatch_mode() else fast)(*inputs)
 
 
 def can_compile():
@@ -227,12 +242,52 @@ def first_line(error):
 def opened(loader, name, **how):
     """`loader.from_pretrained(name)`, with an error that names what cannot be opened"""
     try:
-        return loader.from_pretrained(name, **how)
-    except (OSError, ValueError, ImportError) as error:
+        return loader.from_pretrained(name, trust_remote_code=False, **how)
+    except Exception as error:  # a damaged file shows in whatever way
         raise InputError(f"{name} cannot be opened: {first_line(error)}") from error
 
 
-def open_vision(name, image_size=None):
+def opened_whole(loader, folder, **how):
+    """`opened` for a part of a run directory, which may be a stranger's: safetensors only, from files inside `folder`,
+    and every tensor of the model in its shape, no more and no less"""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    for name in re.findall(r'"([^"]*\.safetensors)"', json.dumps(read_json(index))) if os.path.exists(index) else ():
+        if os.path.basename(name) != name:
+            raise InputError(f"{index} names the file '{name}', which is not in its folder")
+    for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+        read_tensors(file, lambda file: safe_open(file, "pt"))                 # headers only
+    model, found = opened(loader, folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                          ignore_mismatched_sizes=True, **how)
+    wrong = [f"has no tensor {name}" for name in sorted(found["missing_keys"])] + \
+        [f"has a tensor {name}, which the model has not" for name in sorted(found["unexpected_keys"])] + \
+        [f"has {name} in the shape {tuple(shape)}, must be {tuple(own)}" for name, shape, own in
+         sorted(found["mismatched_keys"])]
+    if wrong:
+        raise InputError(f"{folder}/model.safetensors {wrong[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+    return model
+
+
+def read_tensors(path, read=load_file):
+    """`read(path)` of a safetensors file, or an InputError that names it"""
+    try:
+        return read(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def read_json(path):
+    """The dict in a JSON file, or an InputError that names the file"""
+    try:
+        with open(path) as f:
+            found = json.load(f)
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, must be an object")
+    return found
+
+
+def open_vision(name, image_size=None, loader=partial(opened, dtype=torch.float32)):
     """Hub id or folder of a vision encoder -> transformers model in fp32, image processor; for pictures of `image_size`
     pixels a side if given"""
     if os.path.isdir(name) and os.path.isdir(os.path.join(name, "vision")):
@@ -243,7 +298,7 @@ def open_vision(name, image_size=None):
                          f"known types: {', '.join(sorted(VISION_FAMILIES))}")
     family = VISION_FAMILIES[model_type][0]
     extra = {"add_pooling_layer": False} if family is ViTModel else {}  # MAE and most ViTs have no weights for it
-    vision, image_processor = opened(family, name, dtype=torch.float32, **extra), opened(AutoImageProcessor, name)
+    vision, image_processor = loader(family, name, **extra), opened(AutoImageProcessor, name)
     return resize(vision, image_processor, image_size, extra) if image_size else (vision, image_processor)
 
 
@@ -386,16 +441,28 @@ class MLLM(Encoder):
         config_file = os.path.join(run, "config.json")
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"{run} is not a run directory: it has no config.json")
-        with open(config_file) as f:
-            config = json.load(f)
+        config = read_json(config_file)
         if "format" not in config:
             raise InputError(f"{run} is not a run directory, but a model in transformers' form")
-        if config.get("format") != FORMAT:
-            raise InputError(f"{config_file}: run format {config.get('format')}, this code reads {FORMAT}")
-        connector = load_file(os.path.join(run, "connector.safetensors"))
-        hidden = len(connector["up.weight"]) if "down.weight" in connector else 0
-        model = cls.from_pretrained(os.path.join(run, "vision"), os.path.join(run, "llm"),
-                                    config["feature_layer"], config["pool"], hidden)
+        if config["format"] != FORMAT:
+            raise InputError(f"{config_file}: run format {config['format']}, this code reads {FORMAT}")
+        for key in ("feature_layer", "pool"):
+            if type(config.get(key)) is not int or key == "pool" and config[key] < 1:
+                raise InputError(f"{config_file}: '{key}' is {config.get(key)!r}, must be a whole number")
+        connector_file = os.path.join(run, "connector.safetensors")
+        connector = read_tensors(connector_file)
+        down = connector.get("down.weight")
+        hidden = down.shape[1] if down is not None and down.ndim == 2 else 0
+        vision, llm = os.path.join(run, "vision"), os.path.join(run, "llm")
+        if not os.path.isfile(os.path.join(llm, "tokenizer.json")):             # transformers would make an empty one
+            raise InputError(f"{llm} has no tokenizer.json")
+        model = cls(*open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm),
+                    opened(AutoTokenizer, llm), config["feature_layer"], config["pool"], hidden)
+        own = model.connector.state_dict()
+        for name in sorted(own.keys() | connector.keys()):
+            found, needed = (tuple(state[name].shape) if name in state else "nothing" for state in (connector, own))
+            if found != needed:
+                raise InputError(f"{connector_file}: {name} is {found}, must be {needed}")
         model.connector.load_state_dict(connector)
         return model
 
@@ -460,8 +527,15 @@ class MLLM(Encoder):
                                        head.bias, batch.targets, self.chunk_functions)
 
     def compile_hot_path(self):
-        """Compiles the loss hot path. `dynamic`: the number of response tokens changes with every batch."""
-        self.chunk_functions = tuple(torch.compile(f, dynamic=True) for f in (chunk_logps, chunk_logits_gradient))
+        """Compiles the loss hot path."""
+        self.chunk_functions = tuple(map(compiled, (chunk_logps, chunk_logits_gradient)))
+        # what is compiled depends on the sizes that come first: always these, so that a resumed run is the same to the
+        # last bit; 61 is no model's width, as equal sizes would count as one
+        head = self.llm.get_output_embeddings()
+        hidden = torch.zeros(61, head.weight.shape[1], device=self.device, requires_grad=True)
+        targets = torch.zeros(61, dtype=torch.int64, device=self.device)
+        logps = ResponseLogps.apply(hidden, head.weight, head.bias, targets, self.chunk_functions)
+        torch.autograd.grad(logps.sum(), hidden)
 
     def gradient_checkpointing(self):
         """Keeps only each layer's input and recomputes the rest in the backward pass, in the encoder and in the LLM."""

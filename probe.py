@@ -281,7 +281,8 @@ def sets_to_ask_of(args, runs, llms):
 
 def main():
     args = parser.parse_args()
-    common.check_out(args.out)
+    if os.path.exists(args.out):
+        raise InputError(f"--out {args.out} exists already; remove it or choose another name")
     device, autocast = common.setup(args.seed, "highest")                               # line searches mind rounding
     names, runs = common.names(args.encoders), [source for source in args.encoders if features.is_run(source)]
     first, llms = names[0], args.llms or runs[:1]

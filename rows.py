@@ -4,11 +4,13 @@ Rows as records: any source as a sequence of them, several as a mixture, or a st
 A row is what a source holds, a record what training reads (see data.py); most rows are one record, a conversation of
 several turns is several. A picture is opened when its record is asked for, and not before.
 """
+import contextlib
 import hashlib
 import io
 import itertools
 import os
 import random
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -208,22 +210,31 @@ class Rows:
 
 
 def open_picture(image, folder=None):
-    """A PIL picture, or the bytes or the path of a file -> (W,H) RGB, upright; raises BadRow with the reason"""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
+    """A PIL picture, or the bytes or the path of a file -> (W,H) RGB, upright; raises BadRow with the reason.
+
+    Of an animation the first frame, of 16 bits the upper 8. What is cut off, no picture, or so large that it may be
+    meant to fill the memory (PIL's limit, 89 million pixels) is refused."""
     if image is None:
         raise BadRow("it has no picture")
-    if not isinstance(image, (str, bytes)):
+    if not isinstance(image, (str, bytes, Image.Image)):
         raise BadRow(f"'image' is a {type(image).__name__}, must be a path or a picture")
     path = os.path.join(folder or "", image) if isinstance(image, str) else None
     try:
-        with Image.open(path or io.BytesIO(image)) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = image if isinstance(image, Image.Image) else Image.open(path or io.BytesIO(image))
+        with contextlib.nullcontext() if picture is image else picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode in ("I", "F"):
+                raise ValueError(f"mode {picture.mode}: nobody says which of its numbers is white")
+            if picture.mode.startswith("I;16"):                                 # PIL would make all above 255 white
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return picture.convert("RGB")
     except FileNotFoundError:
-        raise BadRow(f"there is no picture {path}") from None
+        raise BadRow(f"its picture is missing: {path}") from None
     except Exception as error:  # whatever PIL says of a broken file, the reader wants the file's name
-        why = "it is not one" if isinstance(error, UnidentifiedImageError) else error  # which says only where it lies
-        raise BadRow(f"{f'picture {path}' if path else 'its picture'} cannot be read ({why})") from None
+        why = "it is not one" if isinstance(error, UnidentifiedImageError) else first_line(error)  # PIL: where it lies
+        raise BadRow(f"its picture cannot be read: {path or 'bytes'} ({why})") from None
 
 
 class Mixture:

@@ -6,7 +6,8 @@
 #   SEEDS="0 1 2" STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh   stage 1 for longer: the numbers in README
 #   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own
 #
-# A stage whose output exists is not run again, so a stopped study goes on where it was.
+# A stage whose output exists is not run again, and training goes on from its last save: a stopped study goes on
+# where it was.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}

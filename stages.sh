@@ -13,5 +13,6 @@ stage() {  # stage OUTPUT SCRIPT FLAGS...
   local output=$1 script=$2; shift 2
   if [ -e "$output" ]; then echo "== $output is there"; return; fi
   echo "== $script $* --out $output"
+  case $script in train_*) set -- "$@" --resume ;; esac  # go on inside a stage that was stopped
   python "$here/$script" "$@" --out "$output"
 }

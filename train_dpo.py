@@ -162,7 +162,7 @@ class Reference:
 
 def main():
     args = parser.parse_args()
-    common.check_out(args.out)
+    common.check_out(args)
     if args.stream and args.reference == "remembered":
         raise InputError("--stream: its rows have no numbers by which to remember log-probs; add --reference live")
     device, autocast = common.setup(args.seed, args.matmul)
@@ -177,7 +177,7 @@ def main():
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=rows.identity())
+    run = common.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
     drift = common.Drift(model)
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
     if args.reference == "remembered":
@@ -193,14 +193,10 @@ def main():
                 return batch.per_response(frozen.response_logps(batch))
 
     # ---- train
-    n_dropped, n_pairs_since, since, all_rewards, n_all, shift = 0, 0, time.time(), 0.0, 0, 0.0
-    bar = tqdm(data.batches(collator, steps, micro_batch, args.workers), total=len(steps), desc="dpo")
-    for step, micro_batches in enumerate(bar):
-        for _, dropped in micro_batches:
-            n_dropped = common.report_dropped(dropped, n_dropped)
-        step_batches = [batch for batch, _ in micro_batches if batch is not None]
-        if not step_batches:
-            continue  # every row of the step was dropped, and said so
+    carried = run.restore(all_rewards=0.0, n_all=0)                            # of which BCO takes the mean
+    n_pairs_since, since = 0, time.time()
+    for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first)):
+        shift = carried.all_rewards / max(1, carried.n_all)
         n_pairs = sum(len(batch.rows) for batch in step_batches)
         n_chosen_tokens = sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches)
         sums = {}
@@ -226,14 +222,13 @@ def main():
                                 "rejected_logp": policy_rejected.detach()}.items():
                 sums[name] = sums.get(name, 0) + value.sum() / n_pairs          # stays on the device until it is logged
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        n_pairs_since, n_all = n_pairs_since + n_pairs, n_all + n_pairs
-        all_rewards += n_pairs * (sums["chosen_reward"] + sums["rejected_reward"]) / 2
-        shift = all_rewards / n_all                                             # what BCO measures the next step by
+        n_pairs_since, carried.n_all = n_pairs_since + n_pairs, carried.n_all + n_pairs
+        carried.all_rewards += n_pairs * (sums["chosen_reward"] + sums["rejected_reward"]) / 2
         if run.step(step, {**sums, **optimizer.step(step)}, lambda: {
-                **drift(), "pairs_per_s": n_pairs_since / (time.time() - since), "dropped": n_dropped,
+                **drift(), "pairs_per_s": n_pairs_since / (time.time() - since),
                 "peak_mb": common.peak_memory_mb(device)}):
             n_pairs_since, since = 0, time.time()
-            bar.set_postfix(loss=f"{float(sums['loss']):.3f}", accuracy=f"{float(sums['accuracy']):.2f}")
+            run.bar.set_postfix(loss=f"{float(sums['loss']):.3f}", accuracy=f"{float(sums['accuracy']):.2f}")
     run.finish()
 
 

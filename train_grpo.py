@@ -169,7 +169,7 @@ def as_batch(model, trees, groups):
 
 def main():
     args = parser.parse_args()
-    common.check_out(args.out)
+    common.check_out(args)
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         raise InputError("--temperature must be above 0, --top_p above 0 and at most 1")
     if args.kl_target and not args.kl:
@@ -192,29 +192,23 @@ def main():
         model.compile_hot_path()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None
     judge = Judge(args, device)
-    run = common.Run(args, model, len(steps) * args.updates, parent=args.init, data=args.data, rows=rows.identity())
-    drift, kl_weight = common.Drift(model), args.kl
+    run = common.Run(args, model, optimizer, steps, args.updates, parent=args.init, data=args.data,
+                     rows=rows.identity())
+    drift = common.Drift(model)
 
     # ---- train
-    n_dropped, update, logged = 0, 0, True
-    bar = tqdm(data.batches(Reader(rows, model, args), steps, args.batch_size, args.workers), total=len(steps),
-               desc="grpo")
-    for (trees, dropped), in bar:
-        n_dropped = common.report_dropped(dropped, n_dropped)
+    carried, since = run.restore(kl_weight=args.kl, judged=[]), time.time()    # judged: groups since the last line
+    reader = Reader(rows, model, args)
+    for step, (trees,) in run.loop(data.batches(reader, steps, args.batch_size, args.workers, run.first)):
         records = [record for tree in trees for record in tree]
-        if not records:
-            update += args.updates
-            continue
         # sample, judge, compare
-        if logged:
-            judged, since, logged = [], time.time(), False                      # all groups since the last line
         with autocast():
             groups, entropy = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records],
                                             args.group, args.max_new_tokens, args.temperature, args.top_p)
         texts = [[text.strip() for text in model.tokenizer.batch_decode(group, skip_special_tokens=True)]
                  for group in groups]
         scores = torch.tensor([[judge(text, record) for text in group] for group, record in zip(texts, records)])
-        judged += zip(scores, records)
+        carried.judged += [(record["reward"], group.tolist()) for record, group in zip(records, scores)]
         advantage, parts, at = advantages(scores, args.advantage == "std"), [], 0               # (B,G)
         for some in data.cut(trees, micro_batch):                               # micro-batches, with what stays fixed
             part = slice(at, at := at + sum(map(len, some)))
@@ -228,43 +222,42 @@ def main():
             parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
                           share[batch.response_of], old, anchor))
         n_tokens = sum(len(batch.targets) for batch, *_ in parts)
-        for _ in range(args.updates):
+        for update in range(step * args.updates, (step + 1) * args.updates):
             sums = defaultdict(float)
             for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
                 with autocast():
                     logps = model.response_logps(batch)                                 # (M,)
                 losses, kl, clipped = grpo_terms(logps, logps.detach() if old is None else old, anchor,
                                                  token_advantage, args.clip_low, args.clip_high)
-                loss = ((losses + kl_weight * kl) * share).sum()
+                loss = ((losses + carried.kl_weight * kl) * share).sum()
                 loss.backward()
                 for name, value in {"loss": loss, "kl": kl.sum() / n_tokens,
                                     "clipped": clipped.sum() / n_tokens}.items():
                     sums[name] += value.detach()
             stats = {**sums, **optimizer.step(update)}
-            if run.step(update, stats, lambda: {
-                    **drift(), **summary(judged), "entropy": entropy, "kl_weight": kl_weight,
-                    "length": n_tokens / scores.numel(), "dropped": n_dropped,
-                    "samples_per_s": len(judged) * args.group / (time.time() - since),
-                    "peak_mb": common.peak_memory_mb(device)}):
-                logged = True
+            logged = run.step(update, stats, lambda: {
+                **drift(), **summary(carried.judged), "entropy": entropy, "kl_weight": carried.kl_weight,
+                "length": n_tokens / scores.numel(), "peak_mb": common.peak_memory_mb(device),
+                "samples_per_s": len(carried.judged) * args.group / (time.time() - since)})
+            if logged:
                 note_samples(run.folder, update, records, texts, scores)
-                bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
-            update += 1
+                run.bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
+        if logged:
+            carried.judged, since = [], time.time()
         if args.kl_target:
-            kl_weight = adapted(kl_weight, float(sums["kl"]), args.kl_target, scores.numel())
+            carried.kl_weight = adapted(carried.kl_weight, float(sums["kl"]), args.kl_target, scores.numel())
     run.finish()
 
 
 def summary(judged):
-    """Groups of rewards (G,) with their records -> mean and spread of the rewards, the mean of each kind, and the share
+    """Groups as (kind of reward, [G rewards]) -> mean and spread of the rewards, the mean of each kind, and the share
     of groups that say nothing"""
-    kinds = defaultdict(list)
-    for group, record in judged:
-        kinds[record["reward"]].append(group.mean())
-    scores = torch.stack([group for group, _ in judged])                        # (all groups,G)
+    kinds, scores = defaultdict(list), torch.tensor([group for _, group in judged])             # (all groups,G)
+    for kind, group in judged:
+        kinds[kind] += group
     return {"reward": scores.mean(), "reward_std": scores.std(1).mean(),
             "no_signal": (scores.amax(1) == scores.amin(1)).float().mean(),
-            **{f"reward_{kind}": torch.stack(means).mean() for kind, means in kinds.items()}}
+            **{f"reward_{kind}": sum(values) / len(values) for kind, values in kinds.items()}}
 
 
 def note_samples(folder, step, records, texts, scores):

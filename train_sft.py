@@ -25,13 +25,11 @@ import re
 import tempfile
 
 import torch
-from safetensors.torch import load_file
-from tqdm import tqdm
 
 import common
 import data
 import scenes
-from model import MLLM, InputError
+from model import MLLM, InputError, read_tensors
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
@@ -106,7 +104,7 @@ def kept_layers(args):
         return {}
     if args.connector == "linear":
         raise InputError("--connector linear has a single layer and --connector_from keeps one of two: use only one")
-    state = load_file(os.path.join(args.connector_from, "connector.safetensors"))
+    state = read_tensors(os.path.join(args.connector_from, "connector.safetensors"))
     if "down.weight" not in state:
         raise InputError(f"--connector_from {args.connector_from}: its connector is a single linear layer")
     layers = ("up", "down")[:args.keep_layers or 1]
@@ -115,7 +113,7 @@ def kept_layers(args):
 
 def main():
     args = parser.parse_args()
-    common.check_out(args.out)
+    common.check_out(args)
     device, autocast = common.setup(args.seed, args.matmul)
 
     # ---- model and data
@@ -128,18 +126,13 @@ def main():
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run = common.Run(args, model, len(steps), parent=args.init, data=args.data, rows=rows.identity())
+    run = common.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
     drift = common.Drift(model)
     print(f"example     {data.show(model, collator)}\n")
 
     # ---- train
-    n_dropped, bar = 0, tqdm(data.batches(collator, steps, micro_batch, args.workers), total=len(steps), desc="sft")
-    for step, micro_batches in enumerate(bar):
-        for _, dropped in micro_batches:
-            n_dropped = common.report_dropped(dropped, n_dropped)
-        step_batches = [batch for batch, _ in micro_batches if batch is not None]
-        if not step_batches:
-            continue  # every row of the step was dropped, and said so
+    run.restore()
+    for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first)):
         n_tokens = sum(len(batch.targets) for batch in step_batches)
         loss = 0.0
         for batch in run.count_flops(step, step_batches):
@@ -149,9 +142,8 @@ def main():
             micro_loss.backward()
             loss += micro_loss.detach()
         stats = {"loss": loss, **optimizer.step(step)}
-        if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "dropped": n_dropped,
-                                          "peak_mb": common.peak_memory_mb(device)}):
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+        if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
+            run.bar.set_postfix(loss=f"{float(loss):.3f}")
     run.finish()
 
 

@@ -372,9 +372,9 @@ def test_what_cannot_be_asked_is_one_line(start_run, pictures, tmp_path, monkeyp
     (tmp_path / "text.png").write_text("no picture")
     picture, shop = tmp_path / "picture.png", tmp_path / "shop"
     shop.mkdir()
-    for reason, words in {"picture .*missing.png cannot be read": (start_run, tmp_path / "missing.png", "?"),
-                          "picture .*broken.png cannot be read": (start_run, tmp_path / "broken.png", "?"),
-                          "picture .*text.png cannot be read": (start_run, tmp_path / "text.png", "?"),
+    for reason, words in {"its picture is missing: .*missing.png": (start_run, tmp_path / "missing.png", "?"),
+                          "its picture cannot be read: .*broken.png": (start_run, tmp_path / "broken.png", "?"),
+                          "its picture cannot be read: .*text.png": (start_run, tmp_path / "text.png", "?"),
                           "shop is not a run directory": (start_run, shop, picture, "?"),
                           "start is named twice": (start_run, start_run, picture, "?"),
                           "--map .*: must be a .png file in a folder that exists": (start_run, picture, "?", "--map", tmp_path / "none/map.png"),

@@ -302,9 +302,9 @@ PAIR = {"image": "a.png", "question": "what?", "chosen": "a ring", "rejected": "
 
 
 @pytest.mark.parametrize("row, kind, reason", [
-    ({**GOOD, "image": "none.png"}, "sft", r"there is no picture \S+none\.png"),
-    ({**GOOD, "image": "text.png"}, "sft", r"picture \S+text\.png cannot be read \(.+\)"),
-    ({**GOOD, "image": "cut.png"}, "sft", r"picture \S+cut\.png cannot be read \(.+\)"),
+    ({**GOOD, "image": "none.png"}, "sft", r"its picture is missing: \S+none\.png"),
+    ({**GOOD, "image": "text.png"}, "sft", r"its picture cannot be read: \S+text\.png \(.+\)"),
+    ({**GOOD, "image": "cut.png"}, "sft", r"its picture cannot be read: \S+cut\.png \(.+\)"),
     ({**GOOD, "image": None}, "sft", "it has no picture"),
     ({**GOOD, "answer": " "}, "sft", "'answer' is empty"),
     ({**GOOD, "answer": 3}, "sft", "'answer' is .*"),
@@ -391,7 +391,7 @@ def test_a_broken_picture_in_parquet_is_a_bad_row(folder):
     datasets.Dataset.from_dict({"image": image, "question": ["q"] * 2, "answer": ["a"] * 2}, features).to_parquet(folder / "parquet/0.parquet")
     rows = data.load(str(folder / "parquet"), "sft")
     assert rows[0]["answer"] == "a"
-    with pytest.raises(data.BadRow, match=r"^\S+parquet row 1: its picture cannot be read \(.+\)$"):
+    with pytest.raises(data.BadRow, match=r"^\S+parquet row 1: its picture cannot be read: bytes \(.+\)$"):
         rows[1]
 
 
@@ -536,7 +536,7 @@ def test_collator_drops_and_names(make, folder):
             names = [[row for row in tree if row in kept] for tree in trees]
             assert len(dropped) == 4 - len(kept) and batch.n_responses == 2 * len(kept) and [row for row, _ in batch.rows] == sum(names, [])
             assert torch.equal(batch.pixels, model.pixels([rows[tree[0]]["image"] for tree in names if tree]))
-            assert -int(batch.input_ids.min()) == 9 * len(batch.pixels) and "row 2: there is no picture" in dropped[-1]
+            assert -int(batch.input_ids.min()) == 9 * len(batch.pixels) and "row 2: its picture is missing" in dropped[-1]
             expected = [(model.chat.prompt_ids("what?", 9, image), model.chat.response_ids(rows[i][field]))
                         for image, tree in enumerate(tree for tree in names if tree) for i in tree for field in ("chosen", "rejected")]
             assert branches(batch) == expected

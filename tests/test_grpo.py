@@ -412,7 +412,7 @@ def train(start_run, tmp_path, monkeypatch):
     """train("--steps", 2, ...) -> (folder of the finished run, its log lines); 8 questions, 4 a step, 3 answers each of up to 4 tokens"""
     def train(*flags, init=start_run, out="out"):
         argv = ["train_grpo.py", "--init", init, "--out", tmp_path / out, "--n", 8, "--batch_size", 4, "--group", 3, "--max_new_tokens", 4,
-                "--lr", 1e-3, "--log_every", 1, "--compile", "false", *flags]
+                "--lr", 1e-3, "--log_every", 1, "--compile", "false", "--max_bad", 1, *flags]
         monkeypatch.setattr("sys.argv", [str(a) for a in argv])
         train_grpo.main()
         with open(tmp_path / out / "log.jsonl") as f:

@@ -39,7 +39,7 @@ def dpo(start, tmp_path, monkeypatch, capsys):
     def dpo(*flags):
         out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
         argv = ["train_dpo.py", "--init", start, "--out", out, "--n", 24, "--batch_size", 8, "--micro_batch", 4, "--epochs", 1, "--lr", 1e-3,
-                "--log_every", 1, "--compile", "false", *flags]
+                "--log_every", 1, "--compile", "false", "--max_bad", 1, *flags]
         monkeypatch.setattr("sys.argv", [str(a) for a in argv])
         capsys.readouterr()
         common.cli(train_dpo.main)

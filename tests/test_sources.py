@@ -169,7 +169,7 @@ LLAVA_FILES = (
      (llava(picture(3), "be short", "one?", roles=("system", "human")), [turned(1, ["system", "human"])]),
      (llava(picture(4), "one?", " ", "two?", "a <image>", "", "3", "four?", "4"),
       ["'answer' is empty", "a response contains the <image> tag", "'question' is empty", ("four?", "4", 4)]),
-     (llava({"bytes": b"no picture", "path": None}, "one?", "1"), [r"its picture cannot be read \(.+\)"])])
+     (llava({"bytes": b"no picture", "path": None}, "one?", "1"), [r"its picture cannot be read: bytes \(.+\)"])])
 
 
 def cauldron(images, *texts):
@@ -208,7 +208,7 @@ FORMS = {
          (bmb(picture(1), "", "yes", "no"), ["'question' is empty"])],
         [(bmb(picture(2), "five?", "yes", None), ["'rejected' is missing"]),
          (bmb(picture(2), "six?", "<image>", "no"), ["a response contains the <image> tag"]),
-         (bmb({"bytes": file_of(2)[:40], "path": "2.png"}, "seven?", "yes", "no"), [r"its picture cannot be read \(.+\)"]),
+         (bmb({"bytes": file_of(2)[:40], "path": "2.png"}, "seven?", "yes", "no"), [r"its picture cannot be read: bytes \(.+\)"]),
          (bmb(picture(0), "<image>\neight?", "ja", "nein"), [("<image>\neight?", "ja", "nein", 0)])])),
     "h4": ("pairs", TRL, TRL_FILES),
     "trl": ("pairs", {key: TRL[key] for key in ("rejected", "images", "chosen", "prompt")}, TRL_FILES),
@@ -280,7 +280,7 @@ def test_vlaa_thinking_as_it_is_written(tmp_path):
            "meta": {"source": "clevr"}}
     source = lines(tmp_path / "rows.jsonl", [row, {**row, "image": "clevr_math/8.png"}, {**row, "ds_answer": None}])
     rows, stream = data.load(source, "sft"), data.Stream(source, "sft", 1, 1, 1, 5, 0)
-    expected = [("how many?", "<think>one, two</think>3", 7), f"{source} row 1: there is no picture {tmp_path}/clevr_math/8.png",
+    expected = [("how many?", "<think>one, two</think>3", 7), f"{source} row 1: its picture is missing: {tmp_path}/clevr_math/8.png",
                 f"{source} row 2: 'answer' is missing"]
     assert [result(rows, i) for i in range(3)] == expected
     assert sorted(str(result(stream, item)) for item, in epoch(stream, 3)) == sorted(map(str, expected))
@@ -486,7 +486,7 @@ def test_a_row_of_a_mixture_is_named_by_its_own_source(three, make):
     rows = data.load(three, "sft", 60)
     os.remove(os.path.join(os.path.dirname(three[0]), "0.png"))
     gone = next(i for i in range(60) if rows.text(i)["answer"] == "0")
-    with pytest.raises(BadRow, match=f"^{re.escape(three[0])} row {gone}: there is no picture "):
+    with pytest.raises(BadRow, match=f"^{re.escape(three[0])} row {gone}: its picture is missing: "):
         rows[gone]
     _, dropped = data.Collator(rows, make(), max_length=5)([[60 + 7], [120]])
     assert [reason.split(":")[0] for reason in dropped] == [f"{three[1]} row 3 question 2", f"{three[2]} row 0"]
@@ -1205,6 +1205,6 @@ def test_show_draws_every_kind_of_data(three, tmp_path, run, monkeypatch):
     assert all(row["question"][0] == "j" for row in jsonl) and len({row["question"] for row in shown}) == 3
     assert all({"chosen", "rejected"} <= row.keys() for row in shown + drawn) and all("answer" in row for row in jsonl + mixed)
     reasons = [row["dropped"] for row in dropped if "dropped" in row]
-    assert reasons == [f"{bad} row 1: there is no picture {tmp_path}/none.png"]
+    assert reasons == [f"{bad} row 1: its picture is missing: {tmp_path}/none.png"]
     assert {row["question"][0] == "p" for row in mixed} == {True, False}
     assert "no such file" in refused(run, "show", str(tmp_path / "none.jsonl"))
