@@ -25,8 +25,9 @@ The last three draw 8 responses to each question, as long as the shape's longest
 Each variant runs in a process of its own, in rounds, so that a busy machine is busy for all of them; a ratio is taken
 within its round. Every variant must give the same losses and gradient norms: policy and reference have different
 weights, as at equal weights any broken variant has the loss log 2; samplers must say the same where they are greedy.
-Peak memory is measured in another run (on a CPU through /proc: Linux only), above what was held at the start of a step (weights, Adam's moments, a live reference) and
-is told beside it. FLOPs are those of a step, without the reference pass where its log-probs are numbers.
+Peak memory is measured in another run (on a CPU through /proc: Linux only), above what was held at the start of a step
+(weights, Adam's moments, a live reference), which is told beside it. FLOPs are those of a step, without the reference
+pass where its log-probs are numbers.
 """
 import argparse
 import importlib.metadata

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from types import SimpleNamespace
 
@@ -25,9 +26,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
+import parallel
 from model import MLLM, InputError, can_compile, first_line
 
 aten = torch.ops.aten
@@ -58,6 +61,13 @@ def positive(text):
     """An argparse type: a whole number from 1"""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
+
+def whole(text):
+    """An argparse type: a whole number from 0"""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
     return int(text)
 
 
@@ -115,12 +125,14 @@ def add_training_flags(parser, lr, epochs, batch_size):
         help="stop when more than this share of all rows to be read cannot be used; 1 never stops")
     add("--grad_checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time")
+    add("--shard", action="store_true",
+        help="of several processes (torchrun): each keeps only its part of weights, gradients and moments")
     add("--compile", type=true_or_false, default=can_compile(),
         help="torch.compile the loss hot path: true or false (default: true where there is a C++ compiler)")
     add("--matmul", choices=("highest", "high", "medium"), default="high",
         help="precision of fp32 matrix products, torch's words. On a GPU high and medium are TF32; on a CPU medium "
              "takes oneDNN: faster for models wider than the tiny ones, but real bf16 where the chip has it")
-    add("--workers", type=int, default=8 if torch.cuda.is_available() else 0,
+    add("--workers", type=whole, default=8 if torch.cuda.is_available() else 0,
         help="processes that decode pictures ahead of the step; 0 = in the training process, best for tiny pictures on "
              "a CPU (default: 8 on a GPU, else 0)")
     add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
@@ -133,7 +145,10 @@ def add_training_flags(parser, lr, epochs, batch_size):
 def setup(seed, matmul="high"):
     """Seeds, picks the device, quiets transformers.
     -> device, a function that gives the autocast context (bf16 on GPU, fp32 on CPU)"""
+    parallel.join()
     torch.manual_seed(seed)
+    if parallel.RANK:
+        sys.stdout = open(os.devnull, "w")                                      # the first process speaks for all
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # ours is the bar to look at
     torch.set_float32_matmul_precision(matmul)  # on a GPU of what autocast leaves in fp32, on a CPU of everything
@@ -142,14 +157,29 @@ def setup(seed, matmul="high"):
     return device, autocast
 
 
+LESS_MEMORY = ("Less is taken by a smaller --micro_batch (same gradient), --grad_checkpoint, --lr_llm 0 or "
+               "--lr_vision 0 (what is frozen has no moments), --shard over several GPUs; elsewhere by a smaller "
+               "--batch_size")
+
+
 def cli(main):
     """Runs a script. What its user can mend is said in one line; anything else is our fault and keeps its traceback."""
     try:
         main()
+        parallel.leave()
     except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            at = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == os.path.abspath(sys.argv[0])]
+            doing = f" at line {at[-1].lineno} of {at[-1].filename}: {at[-1].line}" if at else ""
+            raise SystemExit(f"error: out of memory{doing} ({first_line(error)}). {LESS_MEMORY}") from None
+        if parallel.WORLD > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):
+            raise SystemExit(f"error: process {parallel.RANK} of {parallel.WORLD} lost another one, whose own message "
+                             f"is above ({first_line(error)})") from None
+        raise
 
 
 def check_out(args):
@@ -186,12 +216,18 @@ class Optimizer:
             total_steps, max(1, round(args.warmup * total_steps)), args.clip, model
         if total_steps < 1:
             raise InputError("--steps and --epochs must be at least 1")
+        if args.shard and args.optimizer == "muon":
+            raise InputError("--shard: Muon needs whole matrices; use --optimizer adamw")
+        rates = {name: args.lr if getattr(args, f"lr_{name}") is None else getattr(args, f"lr_{name}")
+                 for name in model.parts()}
+        for name, part in model.parts().items():
+            if rates[name] == 0:
+                part.requires_grad_(False)
+        if args.shard and parallel.WORLD > 1:
+            parallel.shard(model)
         adamw, muon = [], []
         for name, part in model.parts().items():
-            lr = getattr(args, f"lr_{name}")
-            lr = args.lr if lr is None else lr
-            if lr == 0:
-                part.requires_grad_(False)
+            if rates[name] == 0:
                 continue
             embeddings = {id(m.weight) for m in part.modules() if isinstance(m, torch.nn.Embedding)} | \
                 {id(model.llm.get_output_embeddings().weight)}
@@ -200,8 +236,8 @@ class Optimizer:
                 is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
                 if parameter.requires_grad:
                     (matrices if is_matrix and args.optimizer == "muon" else others).append(parameter)
-            adamw.append({"params": others, "peak": lr})
-            muon.append({"params": matrices, "peak": lr})
+            adamw.append({"params": others, "peak": rates[name]})
+            muon.append({"params": matrices, "peak": rates[name]})
         if not adamw:
             raise InputError("every learning rate is 0: there is nothing to train")
         self.optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=(.9, .95) if args.optimizer == "muon" else (.9, .999),
@@ -213,6 +249,7 @@ class Optimizer:
 
     def step(self, step):
         """Clips, sets the rates of `step` (from 0), updates, clears. -> {"lr", "grad_norm", "grad_norm_PART"}"""
+        parallel.add_up_gradients(self.model.parameters())
         norms = {f"grad_norm_{name}": global_norm(p.grad for p in part.parameters() if p.grad is not None)
                  for name, part in self.model.parts().items()}
         trained = [p for p in self.model.parameters() if p.grad is not None]
@@ -227,12 +264,12 @@ class Optimizer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return {"lr": scale * max((g["peak"] for g in self.optimizers[0].param_groups), default=0),
-                "grad_norm": total, **norms}
+                "grad_norm": parallel.whole(total), **norms}
 
     def state(self):
         """The moments of every parameter, {"0/llm.lm_head.weight/exp_avg": tensor}"""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {f"{i}/{names[parameter]}/{key}": value for i, optimizer in enumerate(self.optimizers)
+        return {f"{i}/{names[parameter]}/{key}": parallel.whole(value) for i, optimizer in enumerate(self.optimizers)
                 for parameter, values in optimizer.state.items() for key, value in values.items()}
 
     def load_state(self, tensors):
@@ -240,38 +277,48 @@ class Optimizer:
         parameters = dict(self.model.named_parameters())
         for place, tensor in tensors.items():
             i, name, key = place.split("/")
-            self.optimizers[int(i)].state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
+            self.optimizers[int(i)].state[parameters[name]][key] = parallel.split(tensor, parameters[name])
 
 
 def digest(*parts):
     """A short name of what was given, text or tensors: other contents, another name"""
     total = hashlib.sha256()
     for part in parts:
-        total.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy())
+        total.update(part.encode() if isinstance(part, str) else
+                     parallel.whole(part.detach()).cpu().contiguous().numpy())
         total.update(b"\n")
     return total.hexdigest()[:16]
 
 
 def global_norm(tensors):
-    """Euclidean norm of many tensors as one vector, () fp32"""
-    norms = [t.detach().float().norm() for t in tensors]
-    return torch.stack(norms).norm() if norms else torch.tensor(0.0)
+    """Euclidean norm of many tensors as one vector, () fp32, also if each process has a shard of them"""
+    tensors = list(tensors)
+    squares = [parallel.local(t.detach()).float().square().sum() for t in tensors]
+    if not squares:
+        return torch.tensor(0.0)
+    total = torch.stack(squares).sum()
+    return (parallel.total(total) if isinstance(tensors[0], DTensor) else total).sqrt()
 
 
 class Drift:
     """How far each part has moved from where it started: |w - w0| / |w0|, w0 kept on the CPU"""
 
     def __init__(self, model):
-        self.model = model
-        self.start = {name: [p.detach().to("cpu", copy=True) for p in part.parameters()]
-                      for name, part in model.parts().items()}
-        self.norm = {name: global_norm(tensors) for name, tensors in self.start.items()}
+        self.model, self.start = model, {}
+        if parallel.RANK and not any(isinstance(p, DTensor) for p in model.parameters()):
+            return                                                              # the first process knows all of it
+        for name, part in model.parts().items():
+            start = [parallel.local(p.detach()).to("cpu", copy=True) for p in part.parameters()]
+            self.start[name] = start, global_norm(part.parameters())
 
     def __call__(self):
         drift = {}
-        for name, part in self.model.parts().items():
-            moved = global_norm(p.detach().cpu() - p0 for p, p0 in zip(part.parameters(), self.start[name]))
-            drift[f"drift_{name}"] = float(moved / self.norm[name])
+        for name, (start, norm) in self.start.items():
+            parameters = list(self.model.parts()[name].parameters())
+            moved = [parallel.local(p.detach()).cpu() - p0 for p, p0 in zip(parameters, start)]
+            square = torch.stack([m.float().square().sum() for m in moved]).sum()
+            square = parallel.total(square) if isinstance(parameters[0], DTensor) else square
+            drift[f"drift_{name}"] = float(square.sqrt() / norm)
         return drift
 
 
@@ -337,27 +384,33 @@ class Run:
         self.args, self.model, self.optimizer, self.steps, self.updates = args, model, optimizer, steps, updates
         self.out, self.folder = args.out, args.out.rstrip("/") + ".tmp"
         self.total_steps, self.step_flops, self.unread, self.n_trained = len(steps) * updates, None, [], 0
-        self.first, self.dropped, self.carried = 0, Counter(), SimpleNamespace()
+        self.first, self.saved, self.dropped, self.carried = 0, 0, Counter(), SimpleNamespace()
         self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
                          "total_steps": self.total_steps, **more}
-        os.makedirs(self.folder, exist_ok=True)
-        self.file, self.began = open(os.path.join(self.folder, "log.jsonl"), "a"), time.time()
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder} is being written by another process") from None
-        if not (args.resume and self.saves()):
-            self.file.truncate(0)
-            for name in set(os.listdir(self.folder)) - {"log.jsonl"}:
-                path = os.path.join(self.folder, name)
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        self.report, self.end_report = (lambda step, values: None), (lambda: None)
-        if args.report_to:
+        self.began, self.report, self.end_report = time.time(), (lambda step, values: None), (lambda: None)
+        if not parallel.RANK:                                                   # the first process writes for all
+            self.open_folder()
+        parallel.wait()
+        if args.report_to and not parallel.RANK:
             self.report, self.end_report = tracker(args.report_to, self.folder, self.out, self.settings)
         print(f"settings    {json.dumps(vars(args))}")
         for name, part in model.parts().items():
             trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
             print(f"{name:<11} {sum(p.numel() for p in part.parameters()):>13,} parameters, {trained:>13,} trained")
+
+    def open_folder(self):
+        """Makes OUT.tmp this process's own, empty unless there is a save to go on from."""
+        os.makedirs(self.folder, exist_ok=True)
+        self.file = open(os.path.join(self.folder, "log.jsonl"), "a")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder} is being written by another process") from None
+        if not (self.args.resume and self.saves()):
+            self.file.truncate(0)
+            for name in set(os.listdir(self.folder)) - {"log.jsonl"}:
+                path = os.path.join(self.folder, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
     # ---- saves -------------------------------------------------------------------------------------------------------
 
@@ -370,16 +423,24 @@ class Run:
     def again(self):
         """In words: the last save, and the command that goes on from it"""
         flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", sys.argv[0], *flags, "--resume"])
+        start = ["torchrun", f"--nproc_per_node={parallel.WORLD}", "--"] if parallel.WORLD > 1 else ["python"]
+        command = shlex.join([*start, sys.argv[0], *flags, "--resume"])
         return f"the last save is {self.saves()[-1]}; go on with: {command}" if self.saves() else "there is no save yet"
 
     def save(self, step):
         """Writes OUT.tmp/step-N after N steps, then removes those older than the last --keep."""
         self.check()
-        folder, whole = os.path.join(self.folder, "saving"), os.path.join(self.folder, f"step-{step}")
-        if os.path.exists(whole):
+        if step == self.saved:
             return
-        numbers, tensors = random_state()
+        self.saved, (numbers, tensors) = step, random_state()
+        tensors |= self.optimizer.state()
+        with parallel.together(self.model):
+            if not parallel.RANK:
+                self.write_save(step, numbers, tensors)
+        parallel.wait()
+
+    def write_save(self, step, numbers, tensors):
+        folder = os.path.join(self.folder, "saving")
         state = {"step": step, "carried": vars(self.carried), "dropped": self.dropped, "n_trained": self.n_trained,
                  "step_flops": self.step_flops, "seconds": time.time() - self.began, "random": numbers,
                  "logs": {name: os.path.getsize(os.path.join(self.folder, name)) for name in self.LOGS
@@ -388,10 +449,10 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             os.makedirs(os.path.join(folder, "train_state"))
             self.model.write(folder, {**self.settings, "step": step})
-            save_file(self.optimizer.state() | tensors, os.path.join(folder, "train_state", "tensors.safetensors"))
+            save_file(tensors, os.path.join(folder, "train_state", "tensors.safetensors"))
             with open(os.path.join(folder, "train_state", "state.json"), "w") as f:
                 json.dump(state, f, default=float)                              # () tensors become numbers
-            os.rename(folder, whole)
+            os.rename(folder, os.path.join(self.folder, f"step-{step}"))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise InputError(f"step {step} could not be saved: {first_line(error)}; {self.again()}") from error
@@ -403,6 +464,8 @@ class Run:
         `carried`: what the loop hands from step to step, as JSON can hold it -> the same, as it was at that save"""
         self.carried = SimpleNamespace(**carried)
         saves = self.saves()
+        if parallel.RANK:                                                       # GRPO: each its own samples
+            torch.manual_seed(int(digest(f"{self.args.seed} {parallel.RANK} {saves}"), 16) % 2**63)
         if not saves:
             return self.carried
         with open(os.path.join(saves[-1], "config.json")) as f:
@@ -415,18 +478,22 @@ class Run:
         if before["rows"] != now["rows"]:
             raise InputError(f"--data {' '.join(self.args.data)} has changed since {saves[-1]} was written: --resume "
                              "wants the same rows")
-        self.model.load_state_dict(MLLM.load(saves[-1]).state_dict())
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in MLLM.load(saves[-1]).named_parameters():
+            parameters[name].data.copy_(parallel.split(parameter.data, parameters[name]))
         try:
             with open(os.path.join(saves[-1], "train_state", "state.json")) as f:
                 state = json.load(f)
             tensors = load_file(os.path.join(saves[-1], "train_state", "tensors.safetensors"))
             drawn = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("rng/")}
             self.optimizer.load_state(tensors)
-            set_random_state(state["random"], drawn)
-            self.first, self.n_trained, self.step_flops = state["step"], state["n_trained"], state["step_flops"]
+            if not parallel.RANK:
+                set_random_state(state["random"], drawn)
+            self.n_trained, self.step_flops = state["n_trained"], state["step_flops"]
+            self.first = self.saved = state["step"]
             self.dropped, self.began = Counter(state["dropped"]), time.time() - state["seconds"]
             for name in self.LOGS:                                              # what was logged after the save
-                if name in state["logs"]:
+                if name in state["logs"] and not parallel.RANK:
                     os.truncate(os.path.join(self.folder, name), state["logs"][name])
             vars(self.carried).update(state["carried"])
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -437,31 +504,35 @@ class Run:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def loop(self, batches):
-        """`data.batches` from step `first` on -> for every step its number and its batches, as long as there are any;
-        rows that cannot be used are named and counted. Saves when it is time to, or when asked to stop."""
+    def loop(self, batches, nothing):
+        """`data.batches` from step `first` on -> for every step its number and its batches, and as often `nothing` as
+        another process has more of them; steps without any are skipped. Rows that cannot be used are named and counted.
+        Saves when it is time to, or when asked to stop."""
         name = os.path.basename(sys.argv[0]).removeprefix("train_").removesuffix(".py")
-        with stop_signals() as stop, tqdm(total=len(self.steps), initial=self.first, desc=name) as self.bar:
+        with stop_signals() as stop, tqdm(total=len(self.steps), initial=self.first, desc=name,
+                                          disable=parallel.RANK > 0) as self.bar:
             for step, parts in enumerate(batches, self.first):
-                for batch, dropped in parts:
-                    self.drop(dropped)
-                usable = [batch for batch, _ in parts if batch]
-                if usable:
-                    yield step, usable
+                dropped, usable = [why for _, each in parts for why in each], [batch for batch, _ in parts if batch]
+                n = parallel.total({"usable": len(usable), "dropped": len(dropped), "stop": len(stop)})
+                if n["dropped"]:
+                    self.drop(parallel.gather(dropped))
+                if n["usable"]:
+                    yield step, usable + [nothing] * (parallel.most(len(usable)) - len(usable))
                 self.bar.update()
-                if stop or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
+                if n["stop"] or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
                     self.save(step + 1)
-                if stop:
-                    raise SystemExit(f"stopped by {stop[0]} after step {step}; {self.again()}")
+                if n["stop"]:
+                    why = f"stopped by {(stop or ['a signal'])[0]} after step {step}; {self.again()}"
+                    raise SystemExit(1 if parallel.RANK else why)
 
     def drop(self, dropped):
         """Counts rows that cannot be used by reason, names the first few, and stops the run if they are too many."""
-        if dropped and self.args.strict:
+        if self.args.strict:
             raise InputError(f"--strict: {dropped[0]}")
         report_dropped(dropped, self.dropped.total())
         self.dropped.update(map(reason, dropped))
         share = self.dropped.total() / (len(self.steps) * self.args.batch_size)
-        if dropped and share > self.args.max_bad:
+        if share > self.args.max_bad:
             raise InputError(f"{self.dropped.total()} rows cannot be used, more than --max_bad {self.args.max_bad:g} of"
                              f" all: {reasons(self.dropped)}; python data.py check lists them")
 
@@ -476,7 +547,9 @@ class Run:
         if step % self.args.log_every and step != self.total_steps - 1:
             return False
         self.check()
-        self.log(step, {**values, **more(), "dropped": self.dropped.total()})
+        values = {**values, **more()}
+        if not parallel.RANK:
+            self.log(step, {**values, "dropped": self.dropped.total()})
         return True
 
     def count_flops(self, step, batches):
@@ -488,7 +561,7 @@ class Run:
             return
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:
             yield from batches
-        self.step_flops = flops.get_total_flops()
+        self.step_flops = parallel.total(flops.get_total_flops())
 
     def check(self):
         """Stops the run at the first loss or gradient that is not a number: nothing after it could be right."""
@@ -497,8 +570,8 @@ class Run:
             if bad:
                 rows = "of a stream" if self.args.stream else \
                     ", ".join(str(row) for tree in self.steps[step // self.updates] for row in tree)
-                raise SystemExit(f"step {step}: {', '.join(bad)} (rows {rows}). A lower --lr usually helps. The log so far "
-                                 f"is {self.file.name}; {self.again()}")
+                raise SystemExit(f"step {step}: {', '.join(bad)} (rows {rows}). A lower --lr usually helps. The log so "
+                                 f"far is {self.folder}/log.jsonl; {self.again()}")
         self.unread = []
 
     def log(self, step, values):
@@ -514,6 +587,13 @@ class Run:
         self.check()
         if not self.n_trained:
             raise SystemExit(f"--data {' '.join(self.settings['args']['data'])}: not one row could be used")
+        with parallel.together(self.model):
+            if not parallel.RANK:
+                self.write()
+        parallel.wait()
+
+    def write(self):
+        """finish, in the first process"""
         self.settings["seconds"] = round(time.time() - self.began, 1)
         self.settings["flops"] = self.step_flops and self.step_flops * self.total_steps  # as if all were as that step
         self.settings["dropped"] = self.dropped

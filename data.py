@@ -17,6 +17,7 @@ or a PIL picture. `--data` takes one or more of
 
     python data.py prepare mmpr-v1.2 --out data/mmpr     sets that come as archives -> rows.jsonl and pictures
     python data.py show data/mmpr/rows.jsonl --n 8       a contact sheet with text
+    python data.py check data/mmpr/rows.jsonl            which rows cannot be used, and the tokens that bear loss
 
 A row that cannot be used is never repaired: it is dropped and counted, and the first few are named.
 """
@@ -24,12 +25,13 @@ import hashlib
 import itertools
 import math
 from array import array
-from collections import deque
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
+import parallel
 from model import InputError, to_pixels
 from rows import BadRow, Nested, Stream, check_weights, is_drawn, load
 from trees import cut, pack
@@ -142,28 +144,30 @@ class Itself(torch.utils.data.Dataset):
         return trees
 
 
-def batches(collator, steps, micro_batch, workers=0, first=0):
+def batches(collator, steps, micro_batch, workers=0, first=0, rank=parallel.RANK, world=parallel.WORLD):
     """Yields for each step, from step number `first` on, the list of its micro-batches [(Batch, dropped), ...] of at
-    most `micro_batch` rows; pictures are decoded by `workers` processes, ahead of the step that needs them. What comes
-    before `first` is passed over, not read."""
-    counts = deque()                                                            # micro-batches of the steps under way
-
-    def micro_batches():
-        for step in itertools.islice(steps, first, None):
-            parts = list(cut(step, micro_batch))
-            counts.append(len(parts))
-            yield from parts
-
+    most `micro_batch` rows; of `world` processes, the one with this `rank` gets its share of the step's trees. Pictures
+    are decoded by `workers` processes, ahead of the step that needs them. What comes before `first` is passed over,
+    not read."""
     if not len(steps):
         return
+    planned, read = itertools.tee(list(cut(step[rank::world], micro_batch))
+                                  for step in itertools.islice(steps, first, None))
     n_parts = math.ceil(steps.batch_size / micro_batch) if isinstance(steps, Stream) else \
         len(list(cut(steps[0], micro_batch)))
     ahead = math.ceil(n_parts / workers) + 1 if workers else None               # a worker's share of a step, and one
-    loader = iter(DataLoader(Itself(), batch_size=None, sampler=micro_batches(), collate_fn=collator,
-                             num_workers=workers, prefetch_factor=ahead, pin_memory=torch.cuda.is_available(),
+    loader = iter(DataLoader(Itself(), batch_size=None, sampler=(part for parts in planned for part in parts),
+                             collate_fn=collator, num_workers=workers, prefetch_factor=ahead,
+                             pin_memory=torch.cuda.is_available(),
                              generator=torch.Generator()))  # or it would take a number from everybody's
-    for batch in loader:
-        yield [batch, *itertools.islice(loader, counts.popleft() - 1)]
+    for parts in read:
+        yield list(itertools.islice(loader, len(parts)))
+
+
+def nothing(model):
+    """A Batch without responses, for a process that has no rows in a step: its loss and all its gradients are 0"""
+    return pack([model.chat.trunk_ids(model.n_image)], [[]], model.pixels([Image.new("RGB", (32, 32))]),
+                model.chat.pad_id)
 
 
 def texts(sources, n=2000):

@@ -29,7 +29,6 @@ same resamples. A run that was stopped goes on with `--resume`, and with more mo
 answers only what is new.
 """
 import argparse
-import datetime
 import difflib
 import glob
 import hashlib
@@ -39,7 +38,6 @@ import shutil
 from collections import defaultdict
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -47,6 +45,7 @@ import benchmarks as b  # what the table below is made of
 import common
 import data
 import gallery
+import parallel
 from answerers import HubModel, Run, identity
 from comparison import (averages, benchmark_tables, compare_benchmarks, compare_own, flipped_cards, markdown,
                         own_tables, scorer_tables, turned)
@@ -455,9 +454,7 @@ def checked_arguments():
 
 def main():
     args = checked_arguments()
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world = parallel.RANK, parallel.WORLD  # they only wait for each other; no tensors travel
     device, autocast = common.setup(args.seed)
     if args.benchmarks:
         sets = {name: b.Questions(BENCHMARKS[name], args.profile, args.copies, args.limit, args.seed)
@@ -470,10 +467,6 @@ def main():
             return write_pairs(Run(args.runs[0], device).model, sets[""], args)
 
     models = dict(zip(common.names(args.runs + args.hf), args.runs + args.hf))
-    wait = lambda: None
-    if world > 1:  # processes only wait for each other; no tensors travel
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-        wait = torch.distributed.barrier
     place = lambda name, run: os.path.join(args.folder, name, f"{run}.jsonl")
     if rank == 0:
         prepare_folder(args, {run: identity(model, model in args.hf) for run, model in models.items()}, sets)
@@ -481,7 +474,7 @@ def main():
             common.report_dropped(questions.dropped, 0)
             for run in models:
                 gather(questions, place(name, run), args.profile)
-    wait()
+    parallel.wait()
     opened = {}
 
     def open_answerer(run):
@@ -503,9 +496,7 @@ def main():
                 answer_all(lambda: open_answerer(run), questions, place(name, run), args, autocast, rank, world)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the answers so far are in {args.folder}, and --resume goes on") from None
-    wait()  # from here on the first process is alone
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    parallel.wait()  # from here on the first process is alone
     if rank == 0:
         report({name: {run: gather(questions, place(name, run), args.profile) for run in models}
                 for name, questions in sets.items()}, sets, args, draw_map)

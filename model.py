@@ -532,9 +532,11 @@ class MLLM(Encoder):
         # what is compiled depends on the sizes that come first: always these, so that a resumed run is the same to the
         # last bit; 61 is no model's width, as equal sizes would count as one
         head = self.llm.get_output_embeddings()
-        hidden = torch.zeros(61, head.weight.shape[1], device=self.device, requires_grad=True)
+        weight = torch.zeros(head.weight.shape, device=self.device)            # not its own, which may be in shards
+        bias = None if head.bias is None else torch.zeros(len(weight), device=self.device)
+        hidden = torch.zeros(61, weight.shape[1], device=self.device, requires_grad=True)
         targets = torch.zeros(61, dtype=torch.int64, device=self.device)
-        logps = ResponseLogps.apply(hidden, head.weight, head.bias, targets, self.chunk_functions)
+        logps = ResponseLogps.apply(hidden, weight, bias, targets, self.chunk_functions)
         torch.autograd.grad(logps.sum(), hidden)
 
     def gradient_checkpointing(self):

@@ -7,6 +7,7 @@ Data on the shelf: sets that come as archives are unpacked into rows.jsonl, and 
     python data.py prepare vlaa-thinking-grpo --out data/grpo  25k questions with rewards
     python data.py prepare llava-onevision/ureader_qa --out data/ureader_qa
     python data.py show rlaif-v --n 8 --out sheet.png          a contact sheet with text
+    python data.py check rows.jsonl --init runs/stage1         reads every row as training would, counts the bad ones
 
 `prepare` downloads once (or reads --from a folder that holds the files), writes one record a line, only the pictures
 that the records need, and manifest.json: what was read, kept and dropped, by reason, and the hash of every file. A
@@ -28,6 +29,7 @@ import random
 import re
 import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -38,8 +40,8 @@ from transformers import AutoTokenizer
 
 import common
 import scenes
-from model import InputError, first_line, opened
-from rows import FIELDS, NOT_IN_FORM, Stream
+from model import MLLM, InputError, first_line, opened
+from rows import FIELDS, NOT_IN_FORM, Stream, load
 from sources import NAMES, BadRow, Lines, form_of
 
 SETS = {  # name -> hub id, the files that it needs, those of them that hold its rows
@@ -77,6 +79,12 @@ look.add_argument("--n", type=common.positive, default=8,
 look.add_argument("--weights", type=float, nargs="+", help="each source's share of the pictures")
 look.add_argument("--seed", type=int, default=0, help="another seed draws other records")
 look.add_argument("--out", default="runs/data.png", help="picture to write")
+test = commands.add_parser("check", formatter_class=common.Help, help="read every row, count those that cannot be used")
+test.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
+test.add_argument("--init", help="run whose tokenizer counts and shows the tokens (default: one made of the data)")
+test.add_argument("--n", type=common.positive, help="use only the first N rows of each")
+test.add_argument("--max_length", type=common.positive, default=2048, help="longest row in tokens, as in training")
+test.add_argument("--workers", type=common.whole, default=0, help="processes that decode pictures")
 
 
 # ---- files, in folders and in archives -------------------------------------------------------------------------------
@@ -423,6 +431,40 @@ def show(args):
     print(f"wrote {len(rows)} records{dropped} of {stream.source} to {args.out}")
 
 
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+def check(args):
+    """Reads every row through the collator of training; prints how many cannot be used, by reason, and examples with
+    the tokens that bear loss in [[ ]]. Raises InputError if no row can be used"""
+    import data  # not above: data.py is what was started
+    try:
+        rows, kind = load(args.data, "pairs", args.n), "pairs"
+    except InputError:
+        rows, kind = load(args.data, "sft", args.n), "sft"
+    with tempfile.TemporaryDirectory() as folder:
+        if args.init:
+            model = MLLM.load(args.init)
+        else:
+            scenes.tiny_vision(os.path.join(folder, "vision"))
+            scenes.tiny_llm(os.path.join(folder, "llm"), data.texts(args.data))
+            model = MLLM.from_pretrained(os.path.join(folder, "vision"), os.path.join(folder, "llm"))
+    collator = data.Collator(rows, model, ("chosen", "rejected") if kind == "pairs" else ("answer",), args.max_length)
+    steps = [[[number]] for number in range(len(rows))]                        # each by itself
+    counts, n_dropped, usable = Counter(), 0, []
+    read = data.batches(collator, steps, 1, args.workers)
+    for number, ((_, dropped),) in enumerate(tqdm(read, total=len(rows), desc="check")):
+        n_dropped = common.report_dropped(dropped, n_dropped)
+        counts.update(map(common.reason, dropped))
+        usable += [number] * (not dropped and len(usable) < 3)
+    for number in usable:
+        print(f"\nrow {number}\n{data.show(model, collator, number)}")
+    print(f"\n{rows.source}: {len(rows)} rows read as {kind}, {n_dropped} of them ({n_dropped / len(rows):.1%}) cannot "
+          "be used" + f": {common.reasons(counts)}" * bool(counts))
+    if n_dropped == len(rows):
+        raise InputError(f"{rows.source}: not one row can be used")
+
+
 def main():
     args = parser.parse_args()
-    common.cli(lambda: prepare(args) if args.command == "prepare" else show(args))
+    common.cli(lambda: {"prepare": prepare, "show": show, "check": check}[args.command](args))

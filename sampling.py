@@ -28,6 +28,8 @@ def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, 
        came first; and the mean entropy of the distributions before them in nats, (), at temperature 1 and uncut
 
     A picture that is the same object for several questions is encoded once. Randomness: torch's own generator."""
+    if not questions:
+        return [], torch.zeros(())
     was_training = model.training
     model.eval()  # while a model trains, gradient checkpointing takes the cache away from it
     embeds, mask = model.read_prompts(images, questions)

@@ -32,7 +32,9 @@ from tqdm import tqdm
 
 import common
 import data
+import parallel
 from model import MLLM, InputError
+from parallel import total
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
@@ -131,23 +133,27 @@ class Reference:
         """Computes what is not there yet, in the very micro-batches of training: so step 0 is log 2, and on a CPU the
         rewards are 0 to the last bit."""
         known, todo = set(self.logps), []
-        for part in (part for step in steps for part in data.cut(step, micro_batch)):
+        for rank, part in ((rank, part) for step in steps for rank in range(parallel.WORLD)
+                           for part in data.cut(step[rank::parallel.WORLD], micro_batch)):
             part = [[row for row in tree if row not in known] for tree in part]  # may leave trees without rows
-            todo += [part] if any(part) else []
+            todo += [part] if any(part) and rank == parallel.RANK else []
             known.update(row for tree in part for row in tree)
-        before, saved = len(self.logps), time.time()
-        for ((batch, _),) in tqdm(data.batches(collator, todo, micro_batch, workers), total=len(todo),
-                                  desc="reference", disable=not todo):
-            if batch is None:
+        before, saved, nothing, n = len(self.logps), time.time(), data.nothing(model), parallel.most(len(todo))
+        batches = (batch for ((batch, _),) in data.batches(collator, todo, micro_batch, workers, 0, 0, 1))
+        for _ in tqdm(range(n), desc="reference", disable=not n or parallel.RANK > 0):
+            batch = next(batches, None)
+            if batch is None and parallel.WORLD == 1:                           # its rows cannot be used
                 continue
+            batch = batch or nothing                                            # all take part as often
             with autocast():
                 logps = batch.per_response(model.response_logps(batch.to(model.device))).tolist()
             for (row, fingerprint), chosen, rejected in zip(batch.rows, logps[0::2], logps[1::2]):
                 self.logps[row] = fingerprint, chosen, rejected
-            if time.time() - saved > 60:                                        # a kill loses a minute
+            if time.time() - saved > 60 and not parallel.RANK:                  # a kill loses a minute
                 self.save()
                 saved = time.time()
-        if len(self.logps) > before:
+        self.logps = parallel.gather(self.logps)
+        if len(self.logps) > before and not parallel.RANK:
             self.save()
         print(f"reference   {self.file}: {len(self.logps)} pairs, {len(self.logps) - before} computed now")
 
@@ -163,6 +169,8 @@ class Reference:
 def main():
     args = parser.parse_args()
     common.check_out(args)
+    if args.shard and args.reference == "live":
+        raise InputError("--shard: use --reference remembered, which needs no second model")
     if args.stream and args.reference == "remembered":
         raise InputError("--stream: its rows have no numbers by which to remember log-probs; add --reference live")
     device, autocast = common.setup(args.seed, args.matmul)
@@ -195,10 +203,11 @@ def main():
     # ---- train
     carried = run.restore(all_rewards=0.0, n_all=0)                            # of which BCO takes the mean
     n_pairs_since, since = 0, time.time()
-    for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first)):
+    for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first),
+                                       data.nothing(model)):
         shift = carried.all_rewards / max(1, carried.n_all)
-        n_pairs = sum(len(batch.rows) for batch in step_batches)
-        n_chosen_tokens = sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches)
+        n_pairs = total(sum(len(batch.rows) for batch in step_batches))
+        n_chosen_tokens = total(sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches))
         sums = {}
         for batch in run.count_flops(step, step_batches):
             batch = batch.to(device)
@@ -222,6 +231,7 @@ def main():
                                 "rejected_logp": policy_rejected.detach()}.items():
                 sums[name] = sums.get(name, 0) + value.sum() / n_pairs          # stays on the device until it is logged
             sums["loss"] = sums.get("loss", 0) + loss.detach()
+        sums = total(sums)
         n_pairs_since, carried.n_all = n_pairs_since + n_pairs, carried.n_all + n_pairs
         carried.all_rewards += n_pairs * (sums["chosen_reward"] + sums["rejected_reward"]) / 2
         if run.step(step, {**sums, **optimizer.step(step)}, lambda: {

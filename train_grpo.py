@@ -40,8 +40,10 @@ from tqdm import tqdm
 
 import common
 import data
+import parallel
 import rewards
 from model import MLLM, Chat, InputError
+from parallel import gather, total
 from sampling import sample_groups
 from trees import pack
 
@@ -174,6 +176,9 @@ def main():
         raise InputError("--temperature must be above 0, --top_p above 0 and at most 1")
     if args.kl_target and not args.kl:
         raise InputError("--kl_target adapts --kl, which is 0")
+    if args.shard:
+        raise InputError("--shard: processes sample answers of different lengths, and shards want them in step; leave "
+                         "it out: every process then has a whole model")
     if args.group < 2:
         raise InputError("--group must be at least 2: an answer is compared with the others of its group")
     device, autocast = common.setup(args.seed, args.matmul)
@@ -199,7 +204,7 @@ def main():
     # ---- train
     carried, since = run.restore(kl_weight=args.kl, judged=[]), time.time()    # judged: groups since the last line
     reader = Reader(rows, model, args)
-    for step, (trees,) in run.loop(data.batches(reader, steps, args.batch_size, args.workers, run.first)):
+    for step, (trees,) in run.loop(data.batches(reader, steps, args.batch_size, args.workers, run.first), []):
         records = [record for tree in trees for record in tree]
         # sample, judge, compare
         with autocast():
@@ -208,22 +213,24 @@ def main():
         texts = [[text.strip() for text in model.tokenizer.batch_decode(group, skip_special_tokens=True)]
                  for group in groups]
         scores = torch.tensor([[judge(text, record) for text in group] for group, record in zip(texts, records)])
-        carried.judged += [(record["reward"], group.tolist()) for record, group in zip(records, scores)]
+        scores = scores.view(-1, args.group)                                    # (0,G) in a process without rows
+        carried.judged += gather([(record["reward"], group.tolist()) for record, group in zip(records, scores)])
+        n_samples = total(scores.numel())
         advantage, parts, at = advantages(scores, args.advantage == "std"), [], 0               # (B,G)
         for some in data.cut(trees, micro_batch):                               # micro-batches, with what stays fixed
             part = slice(at, at := at + sum(map(len, some)))
             batch = as_batch(model, some, groups[part]).to(device)
             lengths = batch.per_response(torch.ones_like(batch.targets, dtype=torch.float))
-            share = 1 / (len(records) * args.group * (lengths if args.length == "response" else
-                                                      torch.full_like(lengths, args.max_new_tokens)))
+            share = 1 / (n_samples * (lengths if args.length == "response" else
+                                      torch.full_like(lengths, args.max_new_tokens)))
             with torch.no_grad(), autocast():
                 old = model.response_logps(batch) if args.updates > 1 else None
                 anchor = reference.response_logps(batch) if reference else None
             parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
                           share[batch.response_of], old, anchor))
-        n_tokens = sum(len(batch.targets) for batch, *_ in parts)
+        n_tokens = total(sum(len(batch.targets) for batch, *_ in parts))
         for update in range(step * args.updates, (step + 1) * args.updates):
-            sums = defaultdict(float)
+            sums = dict.fromkeys(("loss", "kl", "clipped"), torch.zeros((), device=device))
             for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
                 with autocast():
                     logps = model.response_logps(batch)                                 # (M,)
@@ -233,19 +240,20 @@ def main():
                 loss.backward()
                 for name, value in {"loss": loss, "kl": kl.sum() / n_tokens,
                                     "clipped": clipped.sum() / n_tokens}.items():
-                    sums[name] += value.detach()
+                    sums[name] = sums[name] + value.detach()
+            sums = total(sums)
             stats = {**sums, **optimizer.step(update)}
             logged = run.step(update, stats, lambda: {
                 **drift(), **summary(carried.judged), "entropy": entropy, "kl_weight": carried.kl_weight,
-                "length": n_tokens / scores.numel(), "peak_mb": common.peak_memory_mb(device),
+                "length": n_tokens / n_samples, "peak_mb": common.peak_memory_mb(device),
                 "samples_per_s": len(carried.judged) * args.group / (time.time() - since)})
-            if logged:
+            if logged and records and not parallel.RANK:
                 note_samples(run.folder, update, records, texts, scores)
                 run.bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
         if logged:
             carried.judged, since = [], time.time()
         if args.kl_target:
-            carried.kl_weight = adapted(carried.kl_weight, float(sums["kl"]), args.kl_target, scores.numel())
+            carried.kl_weight = adapted(carried.kl_weight, float(sums["kl"]), args.kl_target, n_samples)
     run.finish()
 
 

@@ -30,6 +30,7 @@ import common
 import data
 import scenes
 from model import MLLM, InputError, read_tensors
+from parallel import total
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
@@ -132,8 +133,9 @@ def main():
 
     # ---- train
     run.restore()
-    for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first)):
-        n_tokens = sum(len(batch.targets) for batch in step_batches)
+    for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first),
+                                       data.nothing(model)):
+        n_tokens = total(sum(len(batch.targets) for batch in step_batches))
         loss = 0.0
         for batch in run.count_flops(step, step_batches):
             with autocast():
@@ -141,7 +143,7 @@ def main():
             micro_loss = -logps.sum() / n_tokens                                # its share in the step's token mean
             micro_loss.backward()
             loss += micro_loss.detach()
-        stats = {"loss": loss, **optimizer.step(step)}
+        stats = {"loss": total(loss), **optimizer.step(step)}
         if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
             run.bar.set_postfix(loss=f"{float(loss):.3f}")
     run.finish()

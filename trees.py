@@ -105,7 +105,8 @@ def pack(trunks, trees, pixels, pad_id):
                 at = write(response, s, at, depth, at + len(response))
                 n_responses += 1
     return Batch(pixels, *map(torch.from_numpy, (input_ids, positions, branch_end)),
-                 *map(torch.tensor, (sources, targets, response_of)), n_responses)
+                 *(torch.tensor(numbers, dtype=torch.int64) for numbers in (sources, targets, response_of)),
+                 n_responses)
 
 
 def cut(trees, size):

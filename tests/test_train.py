@@ -93,7 +93,7 @@ def test_dpo_loss_starts_at_log_2_and_never_overflows():
 
 
 def tiny(make):
-    return make(), SimpleNamespace(lr=1e-3, lr_vision=1e-4, lr_connector=None, lr_llm=2e-3, warmup=.25, clip=1.0, optimizer="adamw", weight_decay=0.0)
+    return make(), SimpleNamespace(lr=1e-3, lr_vision=1e-4, lr_connector=None, lr_llm=2e-3, warmup=.25, clip=1.0, optimizer="adamw", weight_decay=0.0, shard=False)
 
 
 def test_the_schedule_is_the_formula(make):
