@@ -30,7 +30,7 @@ from model import MLLM, SYSTEM, InputError, swap
 from rows import open_picture
 from trees import pack
 
-parser = argparse.ArgumentParser(prog="model.py", description=__doc__,
+parser = argparse.ArgumentParser(allow_abbrev=False, prog="model.py", description=__doc__,
                                  formatter_class=common.Help)
 commands = parser.add_subparsers(required=True, metavar="export | ask")
 flags = commands.add_parser("export", formatter_class=common.Help,

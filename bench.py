@@ -76,7 +76,7 @@ SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pair
 LR = 1e-5
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "middle"], help="sizes of model and data")
 parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING,
                     help="default: all; TRL's only where it is installed")
@@ -319,7 +319,7 @@ def run(variant, shape, folder, argv, memory=False):
                              env=environment, capture_output=True, text=True)
     lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     if process.returncode or not lines:
-        raise InputError(f"{variant} at {shape} failed:\n{process.stderr[-3000:]}")
+        raise SystemExit(f"{variant} at {shape} failed:\n{process.stderr[-3000:]}")
     return json.loads(lines[0][len("RESULT "):])
 
 

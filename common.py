@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -31,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 
 import parallel
-from model import MLLM, InputError, can_compile, first_line
+from model import MLLM, InputError, can_compile, first_line, read_json
 
+os.umask(UMASK := os.umask(0))  # there is no way to ask but to set it
 aten = torch.ops.aten
 COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, and attention on a CPU
     aten.addmm_: lambda total, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
@@ -64,7 +67,7 @@ def positive(text):
     return int(text)
 
 
-def whole(text):
+def whole_number(text):
     """An argparse type: a whole number from 0"""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
@@ -109,7 +112,8 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--questions_per_tree", type=positive, default=4,
         help="rows about one picture that are read in one sequence, the picture once (see trees.py); they then fall "
              "into the same step. 1: every row by itself, pictures in any order")
-    add("--lr", type=float, default=lr, help="peak learning rate of all three parts; real weights want about 1e-5")
+    add("--lr", type=float, default=lr,
+        help="peak learning rate of all three parts; real weights want about 1e-5 (SFT) or 1e-6 (DPO, GRPO)")
     add("--lr_vision", type=float, help="peak learning rate of the vision encoder, 0 freezes it (default: --lr)")
     add("--lr_connector", type=float, help="the same for the connector")
     add("--lr_llm", type=float, help="the same for the LLM")
@@ -132,7 +136,7 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--matmul", choices=("highest", "high", "medium"), default="high",
         help="precision of fp32 matrix products, torch's words. On a GPU high and medium are TF32; on a CPU medium "
              "takes oneDNN: faster for models wider than the tiny ones, but real bf16 where the chip has it")
-    add("--workers", type=whole, default=8 if torch.cuda.is_available() else 0,
+    add("--workers", type=whole_number, default=8 if torch.cuda.is_available() else 0,
         help="processes that decode pictures ahead of the step; 0 = in the training process, best for tiny pictures on "
              "a CPU (default: 8 on a GPU, else 0)")
     add("--seed", type=int, default=0, help="of the weights that are made, the data order and everything else")
@@ -157,9 +161,9 @@ def setup(seed, matmul="high"):
     return device, autocast
 
 
-LESS_MEMORY = ("Less is taken by a smaller --micro_batch (same gradient), --grad_checkpoint, --lr_llm 0 or "
-               "--lr_vision 0 (what is frozen has no moments), --shard over several GPUs; elsewhere by a smaller "
-               "--batch_size")
+LESS_MEMORY = ("Less is taken by a smaller --micro_batch (same gradient; GRPO: also --batch_size or --group, which are "
+               "sampled at once), --grad_checkpoint, --lr_llm 0 or --lr_vision 0 (what is frozen has no moments), SFT "
+               "and DPO with --shard over several GPUs; in eval_vqa.py and probe.py by a smaller --batch_size")
 
 
 def cli(main):
@@ -187,11 +191,14 @@ def check_out(args):
     unfinished = args.out.rstrip("/") + ".tmp"
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite begins anew: give one of them")
-    if os.path.exists(args.out) and args.resume:
+    if os.path.exists(args.out) and args.resume and not os.path.exists(unfinished):
         print(f"{args.out} is finished")
         raise SystemExit(0)
-    if os.path.exists(args.out) and not args.overwrite:
+    if os.path.exists(args.out) and not (args.overwrite or args.resume):  # --resume: OUT.tmp was begun by --overwrite
         raise InputError(f"--out {args.out} exists already; choose another name, or --overwrite it")
+    config = os.path.join(args.out, "config.json")
+    if os.path.exists(args.out) and not (os.path.isfile(config) and "stage" in read_json(config)):
+        raise InputError(f"--out {args.out} is no run directory, and nothing else is overwritten")
     if os.path.exists(unfinished) and not (args.resume or args.overwrite):
         raise InputError(f"{unfinished} is a run that was not finished: --resume goes on with it, --overwrite begins "
                          "anew")
@@ -238,7 +245,7 @@ class Optimizer:
                     (matrices if is_matrix and args.optimizer == "muon" else others).append(parameter)
             adamw.append({"params": others, "peak": rates[name]})
             muon.append({"params": matrices, "peak": rates[name]})
-        if not adamw:
+        if not any(group["params"] for group in adamw + muon):
             raise InputError("every learning rate is 0: there is nothing to train")
         self.optimizers = [torch.optim.AdamW(adamw, lr=0.0, betas=(.9, .95) if args.optimizer == "muon" else (.9, .999),
                                              weight_decay=args.weight_decay, fused=True)]
@@ -269,7 +276,8 @@ class Optimizer:
     def state(self):
         """The moments of every parameter, {"0/llm.lm_head.weight/exp_avg": tensor}"""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {f"{i}/{names[parameter]}/{key}": parallel.whole(value) for i, optimizer in enumerate(self.optimizers)
+        return {f"{i}/{names[parameter]}/{key}": parallel.for_the_first(value)
+                for i, optimizer in enumerate(self.optimizers)
                 for parameter, values in optimizer.state.items() for key, value in values.items()}
 
     def load_state(self, tensors):
@@ -277,6 +285,8 @@ class Optimizer:
         parameters = dict(self.model.named_parameters())
         for place, tensor in tensors.items():
             i, name, key = place.split("/")
+            if tensor.shape not in (parameters[name].shape, ()):                # what fused AdamW would not notice
+                raise ValueError(f"{place} is {tuple(tensor.shape)}, must be {tuple(parameters[name].shape)}")
             self.optimizers[int(i)].state[parameters[name]][key] = parallel.split(tensor, parameters[name])
 
 
@@ -357,18 +367,20 @@ def stop_signals():
 def random_state():
     """The state of every random number generator -> what JSON can hold, tensors"""
     kind, keys, *rest = np.random.get_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}, \
-        {"rng/cpu": torch.get_rng_state(), **{f"rng/{i}": state for i, state in enumerate(devices)}}
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}, tensors
 
 
 def set_random_state(numbers, tensors):
+    """Takes back what `random_state` gave"""
     version, keys, gauss = numbers["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(numbers["numpy"])
     torch.set_rng_state(tensors["rng/cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state for name, state in tensors.items() if name != "rng/cpu"])
+    if torch.cuda.is_available() and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 class Run:
@@ -378,11 +390,12 @@ class Run:
     needs beside it in train_state/; it is written as OUT.tmp/saving and then renamed, so it is whole or absent too."""
 
     LOGS = ("log.jsonl", "samples.jsonl")
-    FREE = ("resume", "overwrite", "save_every", "keep", "workers", "report_to", "strict", "max_bad")  # to be changed
+    # flags that may be others when it is resumed
+    FREE = ("resume", "overwrite", "save_every", "keep", "workers", "report_to", "strict", "max_bad")
 
     def __init__(self, args, model, optimizer, steps, updates=1, **more):
         self.args, self.model, self.optimizer, self.steps, self.updates = args, model, optimizer, steps, updates
-        self.out, self.folder = args.out, args.out.rstrip("/") + ".tmp"
+        self.out, self.folder, self.replaces = args.out, args.out.rstrip("/") + ".tmp", args.overwrite
         self.total_steps, self.step_flops, self.unread, self.n_trained = len(steps) * updates, None, [], 0
         self.first, self.saved, self.dropped, self.carried = 0, 0, Counter(), SimpleNamespace()
         self.settings = {"stage": os.path.basename(sys.argv[0]), "args": vars(args), "versions": versions(),
@@ -391,6 +404,8 @@ class Run:
         if not parallel.RANK:                                                   # the first process writes for all
             self.open_folder()
         parallel.wait()
+        if self.saves():
+            self.check_save(self.saves()[-1])
         if args.report_to and not parallel.RANK:
             self.report, self.end_report = tracker(args.report_to, self.folder, self.out, self.settings)
         print(f"settings    {json.dumps(vars(args))}")
@@ -406,6 +421,8 @@ class Run:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.folder} is being written by another process") from None
+        except OSError:                                                         # a file system without locks
+            pass
         if not (self.args.resume and self.saves()):
             self.file.truncate(0)
             for name in set(os.listdir(self.folder)) - {"log.jsonl"}:
@@ -440,6 +457,7 @@ class Run:
         parallel.wait()
 
     def write_save(self, step, numbers, tensors):
+        """save, in the first process"""
         folder = os.path.join(self.folder, "saving")
         state = {"step": step, "carried": vars(self.carried), "dropped": self.dropped, "n_trained": self.n_trained,
                  "step_flops": self.step_flops, "seconds": time.time() - self.began, "random": numbers,
@@ -453,32 +471,36 @@ class Run:
             with open(os.path.join(folder, "train_state", "state.json"), "w") as f:
                 json.dump(state, f, default=float)                              # () tensors become numbers
             os.rename(folder, os.path.join(self.folder, f"step-{step}"))
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # tokenizers has no name of its own for a full disk
             shutil.rmtree(folder, ignore_errors=True)
             raise InputError(f"step {step} could not be saved: {first_line(error)}; {self.again()}") from error
         for old in self.saves()[:-self.args.keep]:
             shutil.rmtree(old)
 
+    def check_save(self, save):
+        """Refuses to go on from a save of another stage, with other flags or on other rows"""
+        before, now = read_json(os.path.join(save, "config.json")), json.loads(json.dumps(self.settings))
+        if before.get("stage") != now["stage"]:
+            raise InputError(f"{save} was trained by {before.get('stage')}, not by {now['stage']}")
+        for key in sorted(now["args"].keys() - {*self.FREE, "out"}):
+            if before["args"].get(key) != now["args"][key]:
+                raise InputError(f"{save} was trained with --{key} {before['args'].get(key)}, not {now['args'][key]}: "
+                                 "--resume wants the same flags")
+        self.replaces = before["args"].get("overwrite", False)                  # as the run was begun
+        if before["rows"] != now["rows"]:
+            raise InputError(f"--data {' '.join(self.args.data)} has changed since {save} was written: --resume wants "
+                             "the same rows")
+
     def restore(self, **carried):
         """Takes model, optimiser, random numbers and log back to the last save, if --resume finds one.
         `carried`: what the loop hands from step to step, as JSON can hold it -> the same, as it was at that save"""
         self.carried = SimpleNamespace(**carried)
-        saves = self.saves()
+        saves, parameters = self.saves(), dict(self.model.named_parameters())
         if parallel.RANK:                                                       # GRPO: each its own samples
-            torch.manual_seed(int(digest(f"{self.args.seed} {parallel.RANK} {saves}"), 16) % 2**63)
+            step = os.path.basename(saves[-1]) if saves else ""
+            torch.manual_seed(int(digest(f"{self.args.seed} {parallel.RANK} {step}"), 16) % 2**63)
         if not saves:
             return self.carried
-        with open(os.path.join(saves[-1], "config.json")) as f:
-            before = json.load(f)
-        now = json.loads(json.dumps(self.settings))
-        for key in now["args"].keys() - {*self.FREE, "out"}:
-            if before["args"].get(key) != now["args"][key]:
-                raise InputError(f"{saves[-1]} was trained with --{key} {before['args'].get(key)}, not "
-                                 f"{now['args'][key]}: --resume wants the same flags")
-        if before["rows"] != now["rows"]:
-            raise InputError(f"--data {' '.join(self.args.data)} has changed since {saves[-1]} was written: --resume "
-                             "wants the same rows")
-        parameters = dict(self.model.named_parameters())
         for name, parameter in MLLM.load(saves[-1]).named_parameters():
             parameters[name].data.copy_(parallel.split(parameter.data, parameters[name]))
         try:
@@ -493,12 +515,12 @@ class Run:
             self.first = self.saved = state["step"]
             self.dropped, self.began = Counter(state["dropped"]), time.time() - state["seconds"]
             for name in self.LOGS:                                              # what was logged after the save
-                if name in state["logs"] and not parallel.RANK:
-                    os.truncate(os.path.join(self.folder, name), state["logs"][name])
+                if os.path.exists(os.path.join(self.folder, name)) and not parallel.RANK:
+                    os.truncate(os.path.join(self.folder, name), state["logs"].get(name, 0))
             vars(self.carried).update(state["carried"])
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{saves[-1]}/train_state cannot be used ({first_line(error)}): remove {saves[-1]} to go "
-                             "on from an earlier save") from error
+        except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{saves[-1]}/train_state cannot be used ({first_line(error)})" +
+                             f": remove {saves[-1]} to go on from an earlier save" * (len(saves) > 1)) from error
         print(f"resumed     {saves[-1]}")
         return self.carried
 
@@ -513,17 +535,24 @@ class Run:
                                           disable=parallel.RANK > 0) as self.bar:
             for step, parts in enumerate(batches, self.first):
                 dropped, usable = [why for _, each in parts for why in each], [batch for batch, _ in parts if batch]
-                n = parallel.total({"usable": len(usable), "dropped": len(dropped), "stop": len(stop)})
+                n = parallel.total({"usable": len(usable), "dropped": len(dropped)})
                 if n["dropped"]:
                     self.drop(parallel.gather(dropped))
                 if n["usable"]:
                     yield step, usable + [nothing] * (parallel.most(len(usable)) - len(usable))
                 self.bar.update()
-                if n["stop"] or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
+                stopped = parallel.total(len(stop))
+                if stopped or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
                     self.save(step + 1)
-                if n["stop"]:
+                if stopped:
                     why = f"stopped by {(stop or ['a signal'])[0]} after step {step}; {self.again()}"
                     raise SystemExit(1 if parallel.RANK else why)
+
+    @functools.cached_property
+    def n_rows(self):
+        """Rows to be read in all epochs together"""
+        return len(self.steps) * self.args.batch_size if self.args.stream else \
+            sum(len(tree) for step in self.steps for tree in step)
 
     def drop(self, dropped):
         """Counts rows that cannot be used by reason, names the first few, and stops the run if they are too many."""
@@ -531,7 +560,7 @@ class Run:
             raise InputError(f"--strict: {dropped[0]}")
         report_dropped(dropped, self.dropped.total())
         self.dropped.update(map(reason, dropped))
-        share = self.dropped.total() / (len(self.steps) * self.args.batch_size)
+        share = self.dropped.total() / self.n_rows
         if share > self.args.max_bad:
             raise InputError(f"{self.dropped.total()} rows cannot be used, more than --max_bad {self.args.max_bad:g} of"
                              f" all: {reasons(self.dropped)}; python data.py check lists them")
@@ -553,9 +582,9 @@ class Run:
         return True
 
     def count_flops(self, step, batches):
-        """Passes on the micro-batches of a step; in the second step the floating-point operations of the loop around it
-        are counted: counting always would cost time, and as compiled code steps aside meanwhile, DPO's rewards would
-        not be 0 to the last bit in the first step."""
+        """Passes on the micro-batches of a step, and counts the floating-point operations of the loop around it, once:
+        counting costs time. It also sets compiled code aside, so it is not done in the first step, where DPO's rewards
+        are 0 to the last bit, but in the second."""
         if self.step_flops is not None or step == 0 < self.total_steps - 1:
             yield from batches
             return
@@ -598,15 +627,19 @@ class Run:
         self.settings["flops"] = self.step_flops and self.step_flops * self.total_steps  # as if all were as that step
         self.settings["dropped"] = self.dropped
         try:
+            shutil.rmtree(os.path.join(self.folder, "saving"), ignore_errors=True)  # by a run that was killed
             self.model.write(self.folder, self.settings)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             raise InputError(f"{self.folder} could not be written: {first_line(error)}; {self.again()}") from error
-        self.file.close()
         self.end_report()
         old = self.folder + ".old"
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(self.out) and not self.replaces:
+            raise InputError(f"{self.out} appeared meanwhile; the trained run is {self.folder}")
         if os.path.exists(self.out):                                            # --overwrite: until now it was whole
             os.rename(self.out, old)
         os.rename(self.folder, self.out)
+        self.file.close()                                                       # until here nobody else may write
         shutil.rmtree(old, ignore_errors=True)
         if self.args.keep == 1:                                                 # it was there for --resume alone
             for save in self.saves(self.out):
@@ -628,9 +661,10 @@ def reasons(counts):
 @contextlib.contextmanager
 def whole_folder(out):
     """A temporary neighbour to write into, renamed to `out` when the block ends well: `out` is whole or absent."""
-    folder = out.rstrip("/") + ".tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    parent = os.path.dirname(os.path.abspath(out))
+    os.makedirs(parent, exist_ok=True)
+    folder = tempfile.mkdtemp(dir=parent, prefix=os.path.basename(out.rstrip("/")) + ".")
+    os.chmod(folder, 0o777 & ~UMASK)                                            # mkdtemp keeps it to its owner
     try:
         yield folder
         os.rename(folder, out)

@@ -24,6 +24,7 @@ A row that cannot be used is never repaired: it is dropped and counted, and the 
 import hashlib
 import itertools
 import math
+import signal
 from array import array
 
 import numpy as np
@@ -137,6 +138,12 @@ def order(trees, batch_size, epochs, seed, steps=None, weights=None):
     return Nested(Nested(np.array(rows), np.array(tree_starts)), np.array(step_starts))
 
 
+def spare(_):
+    """Ctrl-C and SIGTERM reach workers too, but it is the training process that has to end the step"""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Itself(torch.utils.data.Dataset):
     """What a DataLoader asks for, it gets: the sampler brings the trees, the collator reads them"""
 
@@ -157,7 +164,7 @@ def batches(collator, steps, micro_batch, workers=0, first=0, rank=parallel.RANK
         len(list(cut(steps[0], micro_batch)))
     ahead = math.ceil(n_parts / workers) + 1 if workers else None               # a worker's share of a step, and one
     loader = iter(DataLoader(Itself(), batch_size=None, sampler=(part for parts in planned for part in parts),
-                             collate_fn=collator, num_workers=workers, prefetch_factor=ahead,
+                             collate_fn=collator, num_workers=workers, prefetch_factor=ahead, worker_init_fn=spare,
                              pin_memory=torch.cuda.is_available(),
                              generator=torch.Generator()))  # or it would take a number from everybody's
     for parts in read:

@@ -341,7 +341,7 @@ def answer_all(open_answerer, questions, path, args, autocast, rank, world):
 
 # ---- the program -----------------------------------------------------------------------------------------------------
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("runs", nargs="*", help="run directories; the first is the one the others are compared with")
 parser.add_argument("--hf", nargs="+", default=[], metavar="ID",
                     help="hub ids or folders of image-text-to-text models of transformers, to be asked the same")

@@ -23,7 +23,6 @@ import copy
 import glob
 import json
 import os
-import re
 import shutil
 import sysconfig
 import tempfile
@@ -55,6 +54,9 @@ VISION_FAMILIES = {   # config.model_type -> (class, tokens before the patches);
 
 class InputError(ValueError):
     """Something that was given cannot be used; the message says what, and what to do, in one line."""
+
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))  # file names, too
 
 
 class Connector(nn.Module):
@@ -251,9 +253,12 @@ def opened_whole(loader, folder, **how):
     """`opened` for a part of a run directory, which may be a stranger's: safetensors only, from files inside `folder`,
     and every tensor of the model in its shape, no more and no less"""
     index = os.path.join(folder, "model.safetensors.index.json")
-    for name in re.findall(r'"([^"]*\.safetensors)"', json.dumps(read_json(index))) if os.path.exists(index) else ():
-        if os.path.basename(name) != name:
-            raise InputError(f"{index} names the file '{name}', which is not in its folder")
+    files = read_json(index).get("weight_map") if os.path.exists(index) else {}
+    if not isinstance(files, dict):
+        raise InputError(f"{index}: 'weight_map' is a {type(files).__name__}, must be an object")
+    for name in files.values():
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names the file {name!r}, which is no safetensors file in its folder")
     for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         read_tensors(file, lambda file: safe_open(file, "pt"))                 # headers only
     model, found = opened(loader, folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -271,7 +276,9 @@ def read_tensors(path, read=load_file):
     """`read(path)` of a safetensors file, or an InputError that names it"""
     try:
         return read(path)
-    except SafetensorError as error:
+    except FileNotFoundError:  # which names it
+        raise
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
@@ -280,7 +287,7 @@ def read_json(path):
     try:
         with open(path) as f:
             found = json.load(f)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, must be an object")
@@ -452,12 +459,16 @@ class MLLM(Encoder):
         connector_file = os.path.join(run, "connector.safetensors")
         connector = read_tensors(connector_file)
         down = connector.get("down.weight")
-        hidden = down.shape[1] if down is not None and down.ndim == 2 else 0
+        hidden = down.shape[1] if down is not None and down.ndim == 2 and down.numel() else 0
         vision, llm = os.path.join(run, "vision"), os.path.join(run, "llm")
         if not os.path.isfile(os.path.join(llm, "tokenizer.json")):             # transformers would make an empty one
             raise InputError(f"{llm} has no tokenizer.json")
-        model = cls(*open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm),
-                    opened(AutoTokenizer, llm), config["feature_layer"], config["pool"], hidden)
+        parts = open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm), \
+            opened(AutoTokenizer, llm)
+        try:
+            model = cls(*parts[0], *parts[1:], config["feature_layer"], config["pool"], hidden)
+        except Exception as error:  # parts that are whole may still not fit, and say so in whatever way
+            raise InputError(f"{run} cannot be opened: {first_line(error)}") from error
         own = model.connector.state_dict()
         for name in sorted(own.keys() | connector.keys()):
             found, needed = (tuple(state[name].shape) if name in state else "nothing" for state in (connector, own))

@@ -9,7 +9,8 @@ take the very step that one would take, also where the shares are uneven: there 
 averages. With one process nothing here does anything.
 
 With --shard a process keeps only its part of every weight, gradient and moment, and each layer's weights are brought
-together when it is their turn (FSDP2, torch.distributed.fsdp.fully_shard); the step is the same.
+together when it is their turn (FSDP2, torch.distributed.fsdp.fully_shard); gradients are then added up after every
+micro-batch. The step is the same.
 """
 import contextlib
 import datetime
@@ -33,6 +34,7 @@ def join():
 
 
 def leave():
+    """Parts from the other processes"""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -125,6 +127,14 @@ def together(model):
 def whole(tensor):
     """A tensor of which each process may have a shard -> all of it, on every process"""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def for_the_first(tensor):
+    """... -> all of it on the CPU of the first process; of what was in shards, others get a 0"""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return torch.zeros(()) if RANK else full.cpu()
 
 
 def local(tensor):

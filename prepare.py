@@ -59,7 +59,7 @@ VLAA_REWARDS = {  # part of a picture's folder -> the reward of its questions (V
     "clevr": "digit", "geoqa": "letter", "arxivqa": "letter", "puma": "math", "synthesis": "math", "coco": "iou",
     "vg": "iou", "docvqa": "open", "vizwiz": "open", "allava": "open"}
 
-parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
+parser = argparse.ArgumentParser(allow_abbrev=False, prog="data.py", description=__doc__,
                                  formatter_class=common.Help)
 commands = parser.add_subparsers(dest="command", required=True)
 get = commands.add_parser("prepare", formatter_class=common.Help, help="unpack a set that comes as archives")
@@ -84,7 +84,7 @@ test.add_argument("data", nargs="+", help="anything that --data of the training 
 test.add_argument("--init", help="run whose tokenizer counts and shows the tokens (default: one made of the data)")
 test.add_argument("--n", type=common.positive, help="use only the first N rows of each")
 test.add_argument("--max_length", type=common.positive, default=2048, help="longest row in tokens, as in training")
-test.add_argument("--workers", type=common.whole, default=0, help="processes that decode pictures")
+test.add_argument("--workers", type=common.whole_number, default=0, help="processes that decode pictures")
 
 
 # ---- files, in folders and in archives -------------------------------------------------------------------------------

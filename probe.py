@@ -50,7 +50,7 @@ from features import Frozen, Pictures
 from model import MLLM, InputError
 from readers import linear_probe, prototype_probe, two_layer_probe
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("encoders", nargs="+",
                     help="run directories, exported vision/ folders, hub ids; the others are compared with the first")
 parser.add_argument("--out", required=True, help="folder to write; must not exist")

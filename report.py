@@ -19,7 +19,7 @@ import numpy as np
 import common
 from figures import color_of, plt
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("seeds", nargs="+", help="one folder a seed, as speedrun.sh or transplant.sh makes it")
 parser.add_argument("--out", required=True, help="folder for report.json and report.png")
 parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")
@@ -150,7 +150,7 @@ def draw(path, result, seeds, text):
                 row = result["rows"][measure][arm]
                 axis.plot([x - .3, x + .3], [100 * row["mean"]] * 2, color=colors[arm], linewidth=2)
                 axis.scatter([x] * len(seeds), 100 * np.array(row["per_seed"]), color=colors[arm], s=18, zorder=3)
-        axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=6.5)
+        axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=5.5)
         axis.set_title(textwrap.fill(MEASURES[measure][0], 26), fontsize=9)
         axis.set_ylabel("%", fontsize=8)
         axis.set_xlim(-.6, len(ARMS) - .4)
@@ -194,7 +194,7 @@ def draw(path, result, seeds, text):
             axis.plot(logs[arm]["step"], 100 * logs[arm][f"drift_{part}"], style,
                       color=colors[arm], label=f"{ARMS[arm]} {part}")
     axis.set_title("weight drift |w - w0| / |w0|, %", fontsize=9)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6, framealpha=.5, loc="center right")
     axis.set_xlabel("step", fontsize=8)
 
     axis = figure.add_subplot(grid[2, :])

@@ -78,14 +78,21 @@ class Rows:
     def _counts(self):
         """How many records each row is, as Form.n_questions; of hub rows without reading more than lengths"""
         if not self.is_hub:
-            yield from map(self.form.n_questions, self.rows)
+            for row in self.rows:
+                try:
+                    yield self.form.n_questions(row)
+                except NOT_IN_FORM:  # one record, which will be a bad row
+                    yield 1
             return
         import pyarrow.compute
         import pyarrow.types
         for part in self.rows.select_columns([self.form.questions]).with_format("arrow").iter(10_000):
             lists = part[self.form.questions]
-            if pyarrow.types.is_struct(lists.type):  # a dict of lists instead of a list of dicts
+            if pyarrow.types.is_struct(lists.type) and lists.type.num_fields:  # a dict of lists, not a list of dicts
                 lists = pyarrow.compute.struct_field(lists, [0])
+            if not (pyarrow.types.is_list(lists.type) or pyarrow.types.is_large_list(lists.type)):
+                yield from itertools.repeat(1, len(lists))                      # bad rows, when they are read
+                continue
             lengths = pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy()
             yield from np.maximum(1, -(-lengths // self.form.items))
 
@@ -130,7 +137,7 @@ class Rows:
             pictures = (row.get("image") or row.get("images") for row in self.rows)
         for i, picture in enumerate(itertools.islice(pictures, len(self))):
             picture = picture[0] if isinstance(picture, list) and picture else picture
-            picture = (picture["bytes"] or picture["path"]) if isinstance(picture, dict) else picture
+            picture = (picture.get("bytes") or picture.get("path")) if isinstance(picture, dict) else picture
             yield short(picture or ("row", i))
 
     def identity(self):
@@ -191,6 +198,10 @@ class Rows:
                     raise BadRow(f"'{field}' is {found}")
                 if not record[field].strip():
                     raise BadRow(f"'{field}' is empty")
+                try:
+                    record[field].encode()
+                except UnicodeEncodeError:
+                    raise BadRow(f"'{field}' holds half a character (a lone surrogate)") from None
                 if "<image>" in record[field] and field != "question":
                     raise BadRow("a response contains the <image> tag")
             if "rejected" in fields and record[fields[1]].strip() == record["rejected"].strip():
@@ -209,6 +220,9 @@ class Rows:
         return self.opened[1]
 
 
+FORMATS = "BMP GIF ICO JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # for others (EPS) PIL would start a program
+
+
 def open_picture(image, folder=None):
     """A PIL picture, or the bytes or the path of a file -> (W,H) RGB, upright; raises BadRow with the reason.
 
@@ -222,7 +236,10 @@ def open_picture(image, folder=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = image if isinstance(image, Image.Image) else Image.open(path or io.BytesIO(image))
+            if path and os.path.exists(path) and not os.path.isfile(path):      # a pipe would never end
+                raise ValueError("it is no file")
+            picture = image if isinstance(image, Image.Image) else \
+                Image.open(path or io.BytesIO(image), formats=FORMATS)
         with contextlib.nullcontext() if picture is image else picture:
             picture = ImageOps.exif_transpose(picture)
             if picture.mode in ("I", "F"):

@@ -25,7 +25,7 @@ def next_tokens(logits, temperature=1.0, top_p=1.0):
 def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, top_p=1.0):
     """images (PIL) and questions of B prompts
     -> B lists of `n` lists of token ids, as they were sampled: with the stop token at their end, unless max_new_tokens
-       came first; and the mean entropy of the distributions before them in nats, (), at temperature 1 and uncut
+       came first; and the sum of the entropies that they were drawn with in nats, (), at temperature 1 and uncut
 
     A picture that is the same object for several questions is encoded once. Randomness: torch's own generator."""
     if not questions:
@@ -59,4 +59,4 @@ def sample_groups(model, images, questions, n, max_new_tokens, temperature=1.0, 
                         past_key_values=cache, use_cache=True)
         logits, position = out.logits[:, -1], position + 1
     model.train(was_training)
-    return [said[at:at + n] for at in range(0, len(said), n)], entropy / sum(map(len, said))
+    return [said[at:at + n] for at in range(0, len(said), n)], entropy

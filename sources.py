@@ -197,7 +197,7 @@ class Lines:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{path} line {number} is not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise InputError(f"{path} line {number} is not a record, but a {type(row).__name__}")
@@ -222,7 +222,7 @@ class Lines:
         f.seek(offset)
         try:
             return json.loads(f.readline())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{self.path} was changed while it was in use; start again") from None
 
     def take(self, n):

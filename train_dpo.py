@@ -36,7 +36,7 @@ import parallel
 from model import MLLM, InputError
 from parallel import total
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
                     help="preference pairs: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
                          "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")
@@ -149,7 +149,7 @@ class Reference:
                 logps = batch.per_response(model.response_logps(batch.to(model.device))).tolist()
             for (row, fingerprint), chosen, rejected in zip(batch.rows, logps[0::2], logps[1::2]):
                 self.logps[row] = fingerprint, chosen, rejected
-            if time.time() - saved > 60 and not parallel.RANK:                  # a kill loses a minute
+            if self.logps and time.time() - saved > 60 and not parallel.RANK:   # a kill loses a minute
                 self.save()
                 saved = time.time()
         self.logps = parallel.gather(self.logps)

@@ -47,7 +47,7 @@ from parallel import gather, total
 from sampling import sample_groups
 from trees import pack
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/vqa"],
                     help="questions with answers: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of "
                          "sources.py or a hub id; a row's field 'reward' says how an answer is judged")
@@ -58,7 +58,7 @@ parser.add_argument("--reward_model",
                     help="for rows with the reward 'open': hub id or folder of a sequence classifier of transformers")
 parser.add_argument("--open_beta", type=float, default=1.0, help="how soon a better open answer is good enough")
 parser.add_argument("--think", action="store_true",
-                    help="ask for <think> and <answer> tags; an answer without them is worth nothing")
+                    help="ask for <think> and <answer> tags (in training only); an answer without is worth nothing")
 parser.add_argument("--group", type=common.positive, default=8, help="answers sampled for each question")
 parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (VLAA-Thinker: 0.8)")
 parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share")
@@ -77,12 +77,12 @@ parser.add_argument("--kl_target", type=float,
 common.add_training_flags(parser, lr=1e-3, epochs=1, batch_size=32)
 
 
-def advantages(rewards, normalise=True):
+def advantages(scores, normalise=True):
     """rewards (B,G) of groups of answers -> (B,G): how far above the group's mean, in its standard deviations (those of
     a sample, plus 1e-4), or in rewards. 0 where all are equal. DeepSeekMath, section 4.1.2"""
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # a mean of equal numbers may be rounded
-    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0.0)
-    return centred / (rewards.std(1, keepdim=True) + 1e-4) if normalise else centred
+    equal = scores.amax(1, keepdim=True) == scores.amin(1, keepdim=True)  # a mean of equal numbers may be rounded
+    centred = (scores - scores.mean(1, keepdim=True)).masked_fill(equal, 0.0)
+    return centred / (scores.std(1, keepdim=True) + 1e-4) if normalise else centred
 
 
 def grpo_terms(logps, old_logps, reference_logps, token_advantages, clip_low, clip_high):
@@ -206,6 +206,7 @@ def main():
     reader = Reader(rows, model, args)
     for step, (trees,) in run.loop(data.batches(reader, steps, args.batch_size, args.workers, run.first), []):
         records = [record for tree in trees for record in tree]
+        run.check()                                                             # no samples of what is no number
         # sample, judge, compare
         with autocast():
             groups, entropy = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records],
@@ -229,6 +230,8 @@ def main():
             parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
                           share[batch.response_of], old, anchor))
         n_tokens = total(sum(len(batch.targets) for batch, *_ in parts))
+        entropy = total(float(entropy)) / n_tokens
+        logged = False
         for update in range(step * args.updates, (step + 1) * args.updates):
             sums = dict.fromkeys(("loss", "kl", "clipped"), torch.zeros((), device=device))
             for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
@@ -243,13 +246,14 @@ def main():
                     sums[name] = sums[name] + value.detach()
             sums = total(sums)
             stats = {**sums, **optimizer.step(update)}
-            logged = run.step(update, stats, lambda: {
-                **drift(), **summary(carried.judged), "entropy": entropy, "kl_weight": carried.kl_weight,
-                "length": n_tokens / n_samples, "peak_mb": common.peak_memory_mb(device),
-                "samples_per_s": len(carried.judged) * args.group / (time.time() - since)})
-            if logged and records and not parallel.RANK:
-                note_samples(run.folder, update, records, texts, scores)
+            if run.step(update, stats, lambda: {
+                    **drift(), **summary(carried.judged), "entropy": entropy, "kl_weight": carried.kl_weight,
+                    "length": n_tokens / n_samples, "peak_mb": common.peak_memory_mb(device),
+                    "samples_per_s": len(carried.judged) * args.group / (time.time() - since)}):
+                logged = True
                 run.bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
+                if records and not parallel.RANK:
+                    note_samples(run.folder, update, records, texts, scores)
         if logged:
             carried.judged, since = [], time.time()
         if args.kl_target:

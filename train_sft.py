@@ -32,7 +32,7 @@ import scenes
 from model import MLLM, InputError, read_tensors
 from parallel import total
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
                     help="rows to learn: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
                          "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")

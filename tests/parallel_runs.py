@@ -20,7 +20,7 @@ def run(stage, out, *flags):
 def say(model, images, questions, n, most, temperature, top_p):
     """Samples that depend on the question alone, so that any number of processes draws the same"""
     texts = [[question[at:at + 3 + at % 2] for at in range(n)] for question in questions]
-    return [[model.chat.response_ids(text) for text in each] for each in texts], torch.tensor(.5)
+    return [[model.chat.response_ids(text) for text in each] for each in texts], torch.tensor(.5 * len(questions))
 
 
 def runs():
