@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole study, top to bottom: one start, three ways to post-train it, and every encoder opened up.
 #
-#   bash speedrun.sh                          one seed, six to fourteen minutes on two CPU cores
+#   bash speedrun.sh                          one seed, ten to thirty minutes on two CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
 #   SEEDS="0 1 2" STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh   stage 1 for longer: the numbers in README
 #   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own

@@ -504,7 +504,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=400, **FUZZ)
+@settings(max_examples=200, **FUZZ)
 @given(st.lists(ROW, min_size=1, max_size=3).map(lambda rows: [json.dumps(row).encode() for row in rows]) | LINES,
     st.sampled_from([*rows_file.FIELDS]))
 def test_any_lines_are_records_or_refused(place, shared_model, lines, kind):

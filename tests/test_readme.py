@@ -134,5 +134,5 @@ def test_every_flag_has_help(script):
 
 
 def test_help_reads_without_a_gpu_or_a_model():
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "train_dpo.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--beta" in done.stdout and "reference" in done.stdout
+    shown = importlib.import_module("train_dpo").parser.format_help()
+    assert "--beta" in shown and "reference" in shown and "(default: 0.1)" in shown
