@@ -289,7 +289,7 @@ def worker(args):
     memory = os.environ.get("MALLOC_MMAP_THRESHOLD_") == "65536"                # malloc gives memory back, slowly
     pairs, n_steps = args.pairs or SHAPES[shape][4], args.steps or SHAPES[shape][5]
     if variant in SAMPLING:
-        n_steps = 2                                                             # 8 times 32 forward passes are enough
+        n_steps = 2                                                             # whatever --steps says: each is long
     records, flops, said = make_records(shape, pairs * n_steps), {}, None
     if variant in SAMPLING:
         steps, said = sampling_steps(variant, shape, folder, records, pairs, device, autocast, memory)

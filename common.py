@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -35,7 +34,6 @@ from tqdm import tqdm
 import parallel
 from model import MLLM, InputError, can_compile, first_line, read_json
 
-os.umask(UMASK := os.umask(0))  # there is no way to ask but to set it
 aten = torch.ops.aten
 COUNTED = {  # what torch's counter leaves out: the LM head's weight gradient, and attention on a CPU
     aten.addmm_: lambda total, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
@@ -300,14 +298,14 @@ def digest(*parts):
     return total.hexdigest()[:16]
 
 
-def global_norm(tensors):
-    """Euclidean norm of many tensors as one vector, () fp32, also if each process has a shard of them"""
+def global_norm(tensors, sharded=False):
+    """Euclidean norm of many tensors as one vector, () fp32; `sharded`: each process has its part of them, as it has of
+    DTensors"""
     tensors = list(tensors)
-    squares = [parallel.local(t.detach()).float().square().sum() for t in tensors]
-    if not squares:
+    if not tensors:
         return torch.tensor(0.0)
-    total = torch.stack(squares).sum()
-    return (parallel.total(total) if isinstance(tensors[0], DTensor) else total).sqrt()
+    total = torch.stack([parallel.local(t.detach()).float().square().sum() for t in tensors]).sum()
+    return (parallel.total(total) if sharded or isinstance(tensors[0], DTensor) else total).sqrt()
 
 
 class Drift:
@@ -326,9 +324,7 @@ class Drift:
         for name, (start, norm) in self.start.items():
             parameters = list(self.model.parts()[name].parameters())
             moved = [parallel.local(p.detach()).cpu() - p0 for p, p0 in zip(parameters, start)]
-            square = torch.stack([m.float().square().sum() for m in moved]).sum()
-            square = parallel.total(square) if isinstance(parameters[0], DTensor) else square
-            drift[f"drift_{name}"] = float(square.sqrt() / norm)
+            drift[f"drift_{name}"] = float(global_norm(moved, isinstance(parameters[0], DTensor)) / norm)
         return drift
 
 
@@ -482,12 +478,13 @@ class Run:
         before, now = read_json(os.path.join(save, "config.json")), json.loads(json.dumps(self.settings))
         if before.get("stage") != now["stage"]:
             raise InputError(f"{save} was trained by {before.get('stage')}, not by {now['stage']}")
+        flags = before.get("args", {})
         for key in sorted(now["args"].keys() - {*self.FREE, "out"}):
-            if before["args"].get(key) != now["args"][key]:
-                raise InputError(f"{save} was trained with --{key} {before['args'].get(key)}, not {now['args'][key]}: "
-                                 "--resume wants the same flags")
-        self.replaces = before["args"].get("overwrite", False)                  # as the run was begun
-        if before["rows"] != now["rows"]:
+            if flags.get(key) != now["args"][key]:
+                raise InputError(f"{save} was trained with --{key} {flags.get(key)}, not {now['args'][key]}: --resume "
+                                 "wants the same flags")
+        self.replaces = flags.get("overwrite", False)                           # as the run was begun
+        if before.get("rows") != now["rows"]:
             raise InputError(f"--data {' '.join(self.args.data)} has changed since {save} was written: --resume wants "
                              "the same rows")
 
@@ -504,8 +501,7 @@ class Run:
         for name, parameter in MLLM.load(saves[-1]).named_parameters():
             parameters[name].data.copy_(parallel.split(parameter.data, parameters[name]))
         try:
-            with open(os.path.join(saves[-1], "train_state", "state.json")) as f:
-                state = json.load(f)
+            state = read_json(os.path.join(saves[-1], "train_state", "state.json"))
             tensors = load_file(os.path.join(saves[-1], "train_state", "tensors.safetensors"))
             drawn = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("rng/")}
             self.optimizer.load_state(tensors)
@@ -661,10 +657,8 @@ def reasons(counts):
 @contextlib.contextmanager
 def whole_folder(out):
     """A temporary neighbour to write into, renamed to `out` when the block ends well: `out` is whole or absent."""
-    parent = os.path.dirname(os.path.abspath(out))
-    os.makedirs(parent, exist_ok=True)
-    folder = tempfile.mkdtemp(dir=parent, prefix=os.path.basename(out.rstrip("/")) + ".")
-    os.chmod(folder, 0o777 & ~UMASK)                                            # mkdtemp keeps it to its owner
+    folder = f"{out.rstrip('/')}.{os.getpid()}.tmp"                             # OUT.tmp may be a run in the making
+    os.makedirs(folder)
     try:
         yield folder
         os.rename(folder, out)

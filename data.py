@@ -155,7 +155,7 @@ def batches(collator, steps, micro_batch, workers=0, first=0, rank=parallel.RANK
     """Yields for each step, from step number `first` on, the list of its micro-batches [(Batch, dropped), ...] of at
     most `micro_batch` rows; of `world` processes, the one with this `rank` gets its share of the step's trees. Pictures
     are decoded by `workers` processes, ahead of the step that needs them. What comes before `first` is passed over,
-    not read."""
+    undecoded."""
     if not len(steps):
         return
     planned, read = itertools.tee(list(cut(step[rank::world], micro_batch))

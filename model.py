@@ -56,7 +56,7 @@ class InputError(ValueError):
     """Something that was given cannot be used; the message says what, and what to do, in one line."""
 
     def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))  # file names, too
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))  # or it breaks the line
 
 
 class Connector(nn.Module):
@@ -463,10 +463,10 @@ class MLLM(Encoder):
         vision, llm = os.path.join(run, "vision"), os.path.join(run, "llm")
         if not os.path.isfile(os.path.join(llm, "tokenizer.json")):             # transformers would make an empty one
             raise InputError(f"{llm} has no tokenizer.json")
-        parts = open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm), \
-            opened(AutoTokenizer, llm)
+        parts = [*open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm),
+                 opened(AutoTokenizer, llm)]
         try:
-            model = cls(*parts[0], *parts[1:], config["feature_layer"], config["pool"], hidden)
+            model = cls(*parts, config["feature_layer"], config["pool"], hidden)
         except Exception as error:  # parts that are whole may still not fit, and say so in whatever way
             raise InputError(f"{run} cannot be opened: {first_line(error)}") from error
         own = model.connector.state_dict()

@@ -116,8 +116,7 @@ def together(model):
             if isinstance(parameter, DTensor):
                 shards.append((module, name, parameter))
                 if parameter not in full:                                       # tied weights stay one
-                    tensor = parameter.detach().full_tensor()
-                    full[parameter] = torch.nn.Parameter(tensor.new_zeros(()) if RANK else tensor.cpu())
+                    full[parameter] = torch.nn.Parameter(for_the_first(parameter.detach()))
                 module._parameters[name] = full[parameter]
     yield
     for module, name, parameter in shards:

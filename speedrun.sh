@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole study, top to bottom: one start, three ways to post-train it, and every encoder opened up.
 #
-#   bash speedrun.sh                          one seed, ten to thirty minutes on two CPU cores
+#   bash speedrun.sh                          one seed, up to half an hour on two CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
 #   SEEDS="0 1 2" STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh   stage 1 for longer: the numbers in README
 #   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own
@@ -38,8 +38,8 @@ for seed in $SEEDS; do
   stage "$run/sft"  train_sft.py "${same[@]}" --lr "$LR_SFT" --data "$pairs"
   stage "$run/dpo"  train_dpo.py "${same[@]}" --lr "$LR_DPO" --data "$pairs"
 
-  # GRPO gets questions without answers in words, four about each picture, and as many pictures as there are pairs;
-  # after SFT on half of the pairs, half as many
+  # GRPO gets questions of its own, four about each picture, and as many pictures as there are pairs; after SFT on half
+  # of the pairs (the later --n counts) half as many
   half=$((N_PAIRS / 2)) grpo=(--seed "$((seed + 1000))" --batch_size 128 --lr "$LR_GRPO" --data scenes/train/vqa/4)
   stage "$run/grpo" train_grpo.py --init "$run/stage1" --n "$((4 * N_PAIRS))" "${grpo[@]}"
   stage "$run/sft_half" train_sft.py "${same[@]}" --n "$half" --lr "$LR_SFT" --data "$pairs"

@@ -150,6 +150,7 @@ class Reader:
         return kept, dropped
 
     def checked(self, record):
+        """-> the record with its kind of reward; raises BadRow"""
         kind = record.get("reward") or self.args.reward
         longest = len(self.chat.prompt_ids(record["question"], self.n_image)) + self.args.max_new_tokens
         if kind not in rewards.KINDS:

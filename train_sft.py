@@ -145,7 +145,7 @@ def main():
             loss += micro_loss.detach()
         stats = {"loss": total(loss), **optimizer.step(step)}
         if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
-            run.bar.set_postfix(loss=f"{float(loss):.3f}")
+            run.bar.set_postfix(loss=f"{float(stats['loss']):.3f}")
     run.finish()
 
 

@@ -30,6 +30,7 @@ from transformers import (BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLI
 import model as model_file
 import scenes
 
+
 def refuse(self, address, connect=socket.socket.connect):
     """Every connection of the test process that leaves this machine is an error"""
     if isinstance(address, tuple) and address[0] not in ("localhost", "127.0.0.1", "::1"):

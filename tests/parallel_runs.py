@@ -31,9 +31,7 @@ def runs():
     run(train_dpo, "dpo", *dpo)
     if common.parallel.WORLD > 1:
         run(train_sft, "sft_shard", *sft, "--shard", "--grad_checkpoint")
-        run(train_dpo, "dpo_shard", *dpo, "--shard", "--lr_vision", "0", "--keep", "2", "--save_every", "3")
-    else:
-        run(train_dpo, "dpo_shard", *dpo, "--lr_vision", "0", "--keep", "2", "--save_every", "3")
+    run(train_dpo, "dpo_shard", *dpo, "--shard", "--lr_vision", "0", "--keep", "2", "--save_every", "3")  # alone there is nothing to split
     train_grpo.sample_groups = say
     train_grpo.rewards.KINDS |= dict.fromkeys(("exact", "place"), lambda said, record: sum(map(ord, said)) % 7 / 7)
     run(train_grpo, "grpo", "--n", "9", "--batch_size", "4", "--group", "3", "--lr", "1e-4", "--updates", "2", "--clip_low", "1e-4",

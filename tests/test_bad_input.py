@@ -1,6 +1,6 @@
 """
 Strangers' files: pictures, rows and run directories that are broken, odd or mean. Each is read as what it says, or refused in one line that
-can be printed and that names the file; nothing that a file brings along is run, nothing hangs, and no small file takes gigabytes.
+can be printed and that names the file; nothing that a file brings along is run, nothing hangs.
 """
 import io
 import json
