@@ -620,7 +620,7 @@ class Run:
     def write(self):
         """finish, in the first process"""
         self.settings["seconds"] = round(time.time() - self.began, 1)
-        self.settings["flops"] = self.step_flops and self.step_flops * self.total_steps  # as if all were as that step
+        self.settings["flops"] = self.step_flops and self.step_flops * self.n_trained  # as if all were as that step
         self.settings["dropped"] = self.dropped
         try:
             shutil.rmtree(os.path.join(self.folder, "saving"), ignore_errors=True)  # by a run that was killed

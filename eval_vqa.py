@@ -3,6 +3,7 @@ What can the model answer? Greedy answers of one or several models to the same q
 
     python eval_vqa.py runs/stage1 runs/sft runs/dpo --out runs/vqa                 the drawn world's test questions
     python eval_vqa.py runs/stage1 runs/dpo --data test.jsonl --out runs/my_vqa     your own {image, question, answer}
+    python eval_vqa.py runs/stage1 runs/dpo --data scenes/tune/foreign --out runs/p   is chosen likelier than rejected?
     python eval_vqa.py runs/sft runs/dpo --benchmarks all --out runs/bench          the paper's sixteen, and six more
     python eval_vqa.py runs/dpo --hf Qwen/Qwen2.5-VL-3B-Instruct --benchmarks vision --limit 500 --out runs/known
     torchrun --nproc_per_node 8 eval_vqa.py ...                                     the same, rows shared out
@@ -176,7 +177,7 @@ def candidates(records):
 
 class OwnQuestions:
     """The drawn world's questions, or those of --data, in the form of benchmarks.Questions. An option is a text that
-    answers another question of the same kind."""
+    answers another question of the same kind; of a preference pair the options are chosen and rejected."""
 
     def __init__(self, source, n, seed, limit=None):
         self.benchmark = b.Benchmark(source, [], "", "", None, lambda row, said, _: (score(said, row["answer"]), said),
@@ -189,14 +190,17 @@ class OwnQuestions:
                 self.dropped.append(str(error))
                 continue
             kept = {key: record[key] for key in ("row", "question", "answer")}
+            pair = [record.get("chosen"), record.get("rejected")]
             kept |= {key: None if record.get(key) is None else str(record[key]) for key in ("kind", "category")}
             self.records.append({**kept, "gold": record["answer"], "unit": str(i), "stratum": "",
-                                 "shared": hashlib.blake2b(record["image"].tobytes(), digest_size=8).hexdigest()})
+                                 "shared": hashlib.blake2b(record["image"].tobytes(), digest_size=8).hexdigest(),
+                                 "pair": pair if record["answer"] == pair[0] and isinstance(pair[1], str) else ()})
         if not self.records:
             raise InputError(f"{source}: none of {len(self.rows)} rows can be used")
         options = candidates(self.records)
         for record in self.records:
-            record["options"] = {text: text for text in options.get(kind_of(record), ())} or None
+            texts = record.pop("pair") or options.get(kind_of(record), ())
+            record["options"] = {text: text for text in texts} or None
         if limit and limit < len(self.records):
             self.records = b.draw(self.records, limit, seed)
 

@@ -56,7 +56,7 @@ class InputError(ValueError):
     """Something that was given cannot be used; the message says what, and what to do, in one line."""
 
     def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))  # or it breaks the line
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)))  # one line
 
 
 class Connector(nn.Module):

@@ -1,13 +1,15 @@
 """
-The study in one table and one picture: what probe.py and eval_vqa.py found for every arm and seed.
+The study in two tables and one picture: what probe.py and eval_vqa.py found for every arm and seed.
 
     python report.py runs/seed0 runs/seed1 runs/seed2 --out runs        after speedrun.sh (which calls this)
     python report.py runs/transplant/seed0 --transplant --out runs/transplant       after transplant.sh (likewise)
 
-Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs of the arms; of a transplant,
-results.json in SEED/vqa and SEED/probe and the FLOPs in config.json of its runs. Writes OUT/report.json and
-OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds; from
-one seed no difference between arms is claimed, because training again with another seed moves every number.
+Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs and FLOPs of the arms; of a transplant,
+results.json in SEED/vqa and SEED/probe and the FLOPs in config.json of its runs. Writes OUT/report.json, OUT/report.md
+and OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds,
+each of which brings test rows of its own; from one seed no difference between arms is claimed, because training again
+with another seed moves every number. (A bootstrap over so few seeds would be too sure of itself: of 95 % intervals over
+5 seeds and their rows some 88 % hold the truth; tests/test_report.py counts.)
 """
 import argparse
 import json
@@ -17,17 +19,28 @@ import textwrap
 import numpy as np
 
 import common
+from comparison import markdown, turned
 from figures import color_of, plt
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("seeds", nargs="+", help="one folder a seed, as speedrun.sh or transplant.sh makes it")
-parser.add_argument("--out", required=True, help="folder for report.json and report.png")
+parser.add_argument("--out", required=True, help="folder for report.json, report.md and report.png")
 parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")
 
-ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT", "dpo": "DPO",
-        "grpo": "GRPO", "sft_grpo": "half SFT, half GRPO"}
-DIFFERENCES = (("dpo", "sft"), ("sft", "stage1"), ("dpo", "stage1"), ("more", "stage1"), ("grpo", "stage1"),
-               ("grpo", "dpo"), ("grpo", "sft_grpo"))
+ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT",
+        "sft_long": "SFT, twice as long", "sft_drift": "SFT, stopped at DPO's drift", "dpo": "DPO",
+        "dpo_sft": "DPO + 0.1 SFT", "mpo": "MPO", "unrelated": "DPO, unrelated rejected", "warm": "warm-up (no vision)",
+        "warm_sft": "warm-up, then SFT", "warm_dpo": "warm-up, then DPO", "grpo": "GRPO",
+        "sft_grpo": "half SFT, half GRPO"}
+CONTRASTS = {  # a - b: what it asks
+    ("dpo", "sft"): "DPO or SFT on the same pairs?", ("sft", "stage1"): "does SFT gain or harm?",
+    ("dpo", "stage1"): "does DPO gain or harm?", ("grpo", "stage1"): "does GRPO gain or harm?",
+    ("more", "stage1"): "would training on do it?", ("dpo", "sft_long"): "is it DPO's longer text?",
+    ("dpo", "sft_drift"): "is it that DPO moves less?", ("dpo", "unrelated"): "would any contrast do?",
+    ("warm_sft", "sft"): "is SFT's harm the shock of a new style?",
+    ("warm_dpo", "warm_sft"): "DPO or SFT without the shock?",
+    ("dpo_sft", "dpo"): "what does an SFT term add?", ("mpo", "dpo"): "what does MPO add?",
+    ("grpo", "dpo"): "on-policy or pairs?", ("grpo", "sft_grpo"): "does SFT before GRPO hurt?"}
 MEASURES = {  # key -> (heading, file, path inside its table)
     "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
     "restricted": ("vision questions, restricted to candidates", "vqa", ("vision-centric", "restricted")),
@@ -44,7 +57,9 @@ MEASURES = {  # key -> (heading, file, path inside its table)
     "energy_difference": ("gradient in box, chosen - rejected", "probe", ("energy_difference_tokens", "value")),
     "point_chosen": ("pointing game, log p(chosen)", "probe", ("point_chosen_tokens", "value")),
     "point_difference": ("pointing game, chosen - rejected", "probe", ("point_difference_tokens", "value")),
+    "drift": ("drift of the encoder's weights", None, None),
 }
+SHOWN = ("decoded", "restricted", "swap", "classification", "mIoU", "mIoU_two_layer")   # with intervals
 ENCODERS = {"random": "random", "start": "start", "more": "start trained on", "sft": "+ SFT", "dpo": "+ DPO",
             "large": "larger, no post-training"}  # rows of the transplant; its columns:
 CONNECTORS = {"linear": "linear connector", "mlp": "MLP connector", "1+1": "MLP, first layer kept"}
@@ -57,22 +72,33 @@ COLUMNS = {(c, kind): f"{ASKED[kind]}, {CONNECTORS[c]}" for c in CONNECTORS for 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
+def read_json(*path):
+    path = os.path.join(*path)
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path} is missing: the study makes it")
+    with open(path) as f:
+        return json.load(f)
+
+
+def read_log(run):
+    """log.jsonl of a run -> {name: array, a number a logged step}"""
+    with open(os.path.join(run, "log.jsonl")) as f:
+        lines = [json.loads(line) for line in f]
+    return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+
+
 def read(seed):
-    """One seed's folder -> {measure: {arm: value}}"""
+    """One seed's folder -> {measure: {arm: value}}, {arm: FLOPs of its steps}"""
+    tables = {file: read_json(seed, file, "results.json")["table"] for file in ("probe", "vqa", "swap")}
     found = {measure: {} for measure in MEASURES}
-    tables = {}
-    for file in ("probe", "vqa", "swap"):
-        path = os.path.join(seed, file, "results.json")
-        if not os.path.isfile(path):
-            raise SystemExit(f"{path} is missing: speedrun.sh makes it")
-        with open(path) as f:
-            tables[file] = json.load(f)["table"]
-    for measure, (_, file, (first, second)) in MEASURES.items():
+    for measure, (_, file, path) in MEASURES.items():
         for arm in ARMS:
-            cell = tables[file].get(arm, {}).get(first)
+            cell = tables[file].get(arm, {}).get(path[0]) if file else None
             if cell:
-                found[measure][arm] = cell[second][0]
-    return found
+                found[measure][arm] = cell[path[1]][0]
+    arms = [arm for arm in ARMS if arm in tables["vqa"]]
+    found["drift"] = {arm: float(read_log(os.path.join(seed, arm))["drift_vision"][-1]) for arm in arms[1:]}
+    return found, {arm: read_json(seed, arm, "config.json")["flops"] for arm in arms}
 
 
 def paired(a, b):
@@ -84,13 +110,17 @@ def paired(a, b):
 
 
 def summarise(seeds):
-    """-> {"rows": {measure: {arm: {"mean", "per_seed"}}}, "differences": {"dpo - sft": {measure: paired}, ...}}"""
-    read_seeds = [read(seed) for seed in seeds]
-    values = {m: {arm: [r[m][arm] for r in read_seeds] for arm in ARMS if arm in read_seeds[0][m]} for m in MEASURES}
+    """-> {"rows": {measure: {arm: {"mean", "per_seed"}}}, "differences": {"dpo - sft": {measure: paired}, ...},
+    "flops": {arm: mean over seeds}}"""
+    read_seeds, flops = zip(*map(read, seeds))
+    values = {m: {arm: [r[m][arm] for r in read_seeds] for arm in ARMS if all(arm in r[m] for r in read_seeds)}
+              for m in MEASURES}
     rows = {m: {arm: {"mean": float(np.mean(v)), "per_seed": v} for arm, v in arms.items()}
             for m, arms in values.items()}
-    differences = {f"{a} - {b}": {m: paired(v[a], v[b]) for m, v in values.items()} for a, b in DIFFERENCES}
-    return {"rows": rows, "differences": differences}
+    differences = {f"{a} - {b}": {m: paired(v[a], v[b]) for m, v in values.items() if a in v and b in v}
+                   for a, b in CONTRASTS if a in values["decoded"] and b in values["decoded"]}
+    return {"rows": rows, "differences": differences,
+            "flops": {arm: float(np.mean([each[arm] for each in flops])) for arm in flops[0]}}
 
 
 def difference_text(d):
@@ -99,111 +129,127 @@ def difference_text(d):
     return f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
 
 
+def study_tables(result, n_seeds):
+    """-> [(title, heads, lines)], as common.print_table and comparison.markdown take them: the arms, the contrasts"""
+    rows, flops = result["rows"], result["flops"]
+    arms = [arm for arm in ARMS if any(arm in cells for cells in rows.values())]
+    number = lambda cell: f"{100 * cell['mean']:.1f}" if cell else ""
+    lines = [[ARMS[arm], *(number(cells.get(arm)) for cells in rows.values()),
+              f"{flops[arm] / 1e12:.2f}" if arm in flops else ""] for arm in arms]
+    contrasts = [[f"{ARMS[a]} minus {ARMS[b]}: {question}",
+                  *(difference_text(d[m]) if m in d else "" for m in SHOWN)]
+                 for (a, b), question in CONTRASTS.items() for d in [result["differences"].get(f"{a} - {b}")] if d]
+    return [(f"%, mean of {n_seeds} seed(s)", ["", *(heading for heading, _, _ in MEASURES.values()), "FLOPs / 10^12"],
+             lines),
+            (f"paired differences in %-points [95 % interval over {n_seeds} seeds]" if n_seeds > 1 else
+             "paired differences in %-points; n = 1: not resolved",
+             ["", *(MEASURES[m][0] for m in SHOWN)], contrasts)]
+
+
 def sentences(result, n_seeds):
     """What the numbers carry: the answers, the encoders and the gradients; then what they do not settle"""
-    rows, diff = result["rows"], result["differences"]["dpo - sft"]
+    rows, diff, text = result["rows"], result["differences"], []
     at = lambda measure, arm: f"{100 * rows[measure][arm]['mean']:.0f} %"
-    spread = "one seed" if n_seeds == 1 else f"means of {n_seeds} seeds"
-    text = [f"Vision questions answered as taught: {at('decoded', 'stage1')} after stage 1, "
-            f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO "
-            "on the same pairs; choosing among candidate answers, so that style does not count: "
-            f"{at('restricted', 'stage1')}, {at('restricted', 'sft')} and {at('restricted', 'dpo')} ({spread}).",
-            f"After GRPO on its own answers to as many pictures: {at('decoded', 'grpo')} as taught, and "
-            f"{at('decoded', 'sft_grpo')} if half of those pictures went into SFT before it.",
-            f"Read by stage 1's connector and LLM, its own encoder is worth {at('swap', 'stage1')} of them, "
-            f"the encoder of SFT {at('swap', 'sft')}, of DPO {at('swap', 'dpo')}, of GRPO {at('swap', 'grpo')}.",
-            f"At equal (stage-1) weights, {at('energy_difference', 'stage1')} of the gradient of chosen - rejected, "
-            "which DPO follows, lies in the box of the object that the answers differ in, and "
-            f"{at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows; the box is "
-            f"{at('area', 'stage1')} of the picture (in part by construction: only the box tells the answers apart)."]
+    has = lambda *arms: all(arm in rows["decoded"] for arm in arms)
+    if has("sft", "dpo"):
+        spread = "one seed" if n_seeds == 1 else f"means of {n_seeds} seeds"
+        text.append(f"Vision questions answered as taught: {at('decoded', 'stage1')} after stage 1, "
+                    f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO on the same pairs; "
+                    f"choosing among candidate answers, so that style does not count: {at('restricted', 'stage1')}, "
+                    f"{at('restricted', 'sft')} and {at('restricted', 'dpo')} ({spread}). Read by stage 1's connector "
+                    f"and LLM, its own encoder is worth {at('swap', 'stage1')} of them, the encoder of SFT "
+                    f"{at('swap', 'sft')}, of DPO {at('swap', 'dpo')}.")
+    if has("sft", "warm_sft", "warm_dpo"):
+        text.append("After a warm-up of connector and LLM on other pairs, with the encoder frozen, the encoder of SFT "
+                    f"is worth {at('swap', 'warm_sft')} and that of DPO {at('swap', 'warm_dpo')}.")
+    if has("grpo"):
+        text.append(f"After GRPO on its own answers to as many pictures: {at('decoded', 'grpo')} as taught" +
+                    (f", and {at('decoded', 'sft_grpo')} if half of those pictures went into SFT before it."
+                     if has("sft_grpo") else "."))
+    text.append(f"At equal (stage-1) weights, {at('energy_difference', 'stage1')} of the gradient of chosen - "
+                "rejected, which DPO follows, lies in the box of the object that the answers differ in, and "
+                f"{at('energy_chosen', 'stage1')} of the gradient of log p(chosen), which SFT follows; the box is "
+                f"{at('area', 'stage1')} of the picture (in part by construction: only the box tells the answers "
+                "apart).")
     if rows["restricted"]["stage1"]["mean"] < .9:
         text.append("Stage 1 stopped before it had learnt all it could; "
                     "STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh trains it for longer.")
-    open_questions = [MEASURES[m][0] for m in ("restricted", "swap", "knowledge", "classification", "mIoU",
-                                               "mIoU_two_layer", "alignment")
-                      if diff[m]["low"] is None or diff[m]["low"] <= 0 <= diff[m]["high"]]
-    if n_seeds == 1:
-        text.append("DPO minus SFT on every other row: n = 1: not resolved. "
-                    'SEEDS="0 1 2" bash speedrun.sh repeats the study, paired.')
-    elif open_questions:
-        text.append(f"DPO minus SFT is not resolved by {n_seeds} seeds (interval holds 0) for: "
-                    f"{'; '.join(open_questions)}.")
+    if "dpo - sft" in diff:
+        unresolved = [MEASURES[m][0] for m, d in diff["dpo - sft"].items() if m in (*SHOWN, "knowledge", "alignment")
+                      and (d["low"] is None or d["low"] <= 0 <= d["high"])]
+        if n_seeds == 1:
+            text.append("DPO minus SFT on every other row: n = 1: not resolved. "
+                        'SEEDS="0 1 2" bash speedrun.sh repeats the study, paired.')
+        elif unresolved:
+            text.append(f"DPO minus SFT is not resolved by {n_seeds} seeds (interval holds 0) for: "
+                        f"{'; '.join(unresolved)}.")
     return text
 
 
-def read_log(path):
-    with open(path) as f:
-        lines = [json.loads(line) for line in f]
-    return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+def dots(axis, y, values, color, low=None, high=None):
+    """A line of a panel: a dot a seed, a tick at their mean, the interval if there is one; all in %"""
+    values = 100 * np.array(values)
+    if low is not None:
+        axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=1)
+    axis.scatter(values, [y] * len(values), color=color, s=12, alpha=.6, linewidths=0, zorder=3)
+    axis.plot([values.mean()] * 2, [y - .35, y + .35], color=color, linewidth=2)
+
+
+def lines_of(axis, names, title, first):
+    """The frame of a panel of `dots`: names at the left of the first panel of a row"""
+    axis.set_yticks(range(0, -len(names), -1), names if first else [""] * len(names), fontsize=8)
+    axis.set_ylim(-len(names) + .4, .6)
+    axis.set_title(textwrap.fill(title, 24), fontsize=9)
+    axis.grid(axis="x", alpha=.3)
+    axis.tick_params(axis="x", labelsize=7)
 
 
 def draw(path, result, seeds, text):
-    """The picture: dots of every arm and seed, paired differences, training curves, gradient maps at equal weights"""
-    figure = plt.figure(figsize=(16, 14))
-    grid = figure.add_gridspec(4, 5, height_ratios=[1, .9, 2, .25], hspace=.38, wspace=.42)
-    colors = {arm: color_of(arm, list(ARMS)) for arm in ARMS}
+    """The picture: arms and contrasts with a dot a seed, training curves of the first seed, gradient maps at equal
+    weights"""
+    rows, arms = result["rows"], [arm for arm in ARMS if any(arm in cells for cells in result["rows"].values())]
+    pairs = [pair for pair in CONTRASTS if " - ".join(pair) in result["differences"]]
+    height = [.3 * len(arms) + .5, .3 * len(pairs) + .5, 2.4, 6, 1.4]
+    figure = plt.figure(figsize=(18, sum(height) + 4))
+    grid = figure.add_gridspec(5, 60, height_ratios=height, hspace=.3)
+    colors = {arm: color_of(arm, arms) for arm in arms}
+    for column, measure in enumerate(SHOWN):
+        place = slice(10 * column + (2 if column else 0), 10 * column + 10)
+        axis = figure.add_subplot(grid[0, place])
+        lines_of(axis, [ARMS[arm] for arm in arms], MEASURES[measure][0] + ", %", column == 0)
+        for y, arm in enumerate(arms):
+            if arm in rows[measure]:
+                dots(axis, -y, rows[measure][arm]["per_seed"], colors[arm])
+        axis = figure.add_subplot(grid[1, place])
+        lines_of(axis, [f"{ARMS[a]} minus {ARMS[b]}" for a, b in pairs],
+                 "paired differences, %-points" if column else
+                 "a dot a seed" + (", line: 95 % interval" if len(seeds) > 1 else "; n = 1: not resolved"), column == 0)
+        axis.axvline(0, color="0.5", linewidth=.8)
+        for y, pair in enumerate(pairs):
+            d = result["differences"][" - ".join(pair)].get(measure)
+            if d:
+                dots(axis, -y, d["per_seed"], colors[pair[0]], d["low"], d["high"])
 
-    for column, measure in enumerate(("decoded", "restricted", "swap", "mIoU")):
-        axis = figure.add_subplot(grid[0, column])
-        for x, arm in enumerate(ARMS):
-            if arm in result["rows"][measure]:
-                row = result["rows"][measure][arm]
-                axis.plot([x - .3, x + .3], [100 * row["mean"]] * 2, color=colors[arm], linewidth=2)
-                axis.scatter([x] * len(seeds), 100 * np.array(row["per_seed"]), color=colors[arm], s=18, zorder=3)
-        axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=5.5)
-        axis.set_title(textwrap.fill(MEASURES[measure][0], 26), fontsize=9)
-        axis.set_ylabel("%", fontsize=8)
-        axis.set_xlim(-.6, len(ARMS) - .4)
-        axis.set_ylim(0, 103)
-
-    axis = figure.add_subplot(grid[1, :3])
-    shown = ("restricted", "swap", "classification", "mIoU")
-    for offset, (pair, color) in enumerate((("sft - stage1", "tab:orange"), ("dpo - stage1", "tab:blue"),
-                                            ("grpo - stage1", colors["grpo"]), ("dpo - sft", "black"))):
-        for y, measure in enumerate(shown):
-            d, at = result["differences"][pair][measure], -y - .2 * (offset - 1.5)
-            if d["low"] is not None:
-                axis.plot([100 * d["low"], 100 * d["high"]], [at, at], color=color, linewidth=1)
-            axis.scatter(100 * np.array(d["per_seed"]), [at] * len(seeds), s=10, color=color,
-                         label=pair.replace(" - ", " minus ") if y == 0 else None)
-    axis.axvline(0, color="0.5", linewidth=.8)
-    axis.set_yticks([-y for y in range(len(shown))], [textwrap.fill(MEASURES[m][0], 24) for m in shown], fontsize=7)
-    axis.set_title("paired differences in %-points: a dot a seed" +
-                   (", line: 95 % interval" if len(seeds) > 1 else "; n = 1: not resolved"), fontsize=9)
-    axis.legend(fontsize=7, loc="best")
-
-    logs = {arm: read_log(os.path.join(seeds[0], arm, "log.jsonl"))
-            for arm in ("sft", "dpo", "grpo", "sft_half", "sft_grpo")}
-    sft, dpo = logs["sft"], logs["dpo"]
-    axis = figure.add_subplot(grid[1, 3])
-    axis.plot(sft["step"], sft["loss"], color="tab:orange", label="SFT loss (nats a token)")
-    axis.plot(dpo["step"], dpo["loss"], color="tab:blue", label="DPO loss")
-    axis.plot(dpo["step"], dpo["accuracy"], color="tab:blue", linestyle=":", label="DPO pair accuracy")
-    axis.set_title(f"training, {os.path.basename(seeds[0].rstrip('/'))}", fontsize=9)
-    axis.legend(fontsize=7)
-    axis.set_xlabel("step", fontsize=8)
-    axis = figure.add_subplot(grid[1, 4])
-    for arm, before in (("grpo", 0), ("sft_grpo", logs["sft_half"]["seconds"][-1])):    # the SFT takes its time too
-        axis.plot(before + logs[arm]["seconds"], logs[arm]["reward"], color=colors[arm], label=ARMS[arm])
-    axis.set_title("mean reward of the samples", fontsize=9)
-    axis.legend(fontsize=7)
-    axis.set_xlabel("seconds", fontsize=8)
-    axis = figure.add_subplot(grid[0, 4])
-    for arm in ("sft", "dpo", "grpo"):
-        for part, style in (("vision", "-"), ("llm", ":")):
-            axis.plot(logs[arm]["step"], 100 * logs[arm][f"drift_{part}"], style,
-                      color=colors[arm], label=f"{ARMS[arm]} {part}")
-    axis.set_title("weight drift |w - w0| / |w0|, %", fontsize=9)
-    axis.legend(fontsize=6, framealpha=.5, loc="center right")
-    axis.set_xlabel("step", fontsize=8)
-
-    axis = figure.add_subplot(grid[2, :])
+    curves = {arm: read_log(os.path.join(seeds[0], arm)) for arm in arms if arm not in ("random", "stage1")}
+    panels = {"loss": "SFT's loss, nats a token (its kind of arm)", "accuracy": "pair accuracy in training",
+              "reward": "mean reward of the samples", "drift_vision": "drift of the encoder, |w - w0| / |w0|"}
+    for i, (key, title) in enumerate(panels.items()):
+        axis = figure.add_subplot(grid[2, 15 * i:15 * i + 12])
+        for arm, log in curves.items():
+            if key in log and not (key == "loss" and ("accuracy" in log or "reward" in log)):
+                axis.plot(log["step"], log[key], color=colors[arm], linewidth=1, label=ARMS[arm],
+                          linestyle="--" if arm.startswith("warm") else "-")
+        axis.set_title(f"{title} ({os.path.basename(seeds[0].rstrip('/'))})", fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=5.5, framealpha=.5)
+    axis = figure.add_subplot(grid[3, :])
     axis.imshow(plt.imread(os.path.join(seeds[0], "probe", "maps_stage1.png")))
     axis.axis("off")
-    axis = figure.add_subplot(grid[3, :])
+    axis = figure.add_subplot(grid[4, :])
     axis.axis("off")
-    axis.text(0, 1, "\n".join(textwrap.fill(line, 185) for line in text), va="top", fontsize=9, family="serif")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    axis.text(0, 1, "\n".join(textwrap.fill(line, 200) for line in text), va="top", fontsize=9, family="serif")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -212,19 +258,12 @@ def draw(path, result, seeds, text):
 
 def read_transplant(seed):
     """One seed's folder -> {(encoder, *column): share right among candidates, or a probe's score}, {run: FLOPs}"""
-    tables = {}
-    for file in ("vqa", "probe"):
-        with open(os.path.join(seed, file, "results.json")) as f:
-            tables[file] = json.load(f)["table"]
-    values = {(*row.split("."), kind): cells[kind]["restricted"][0]
-              for row, cells in tables["vqa"].items() for kind in ASKED}
+    asked, probed = (read_json(seed, file, "results.json")["table"] for file in ("vqa", "probe"))
+    values = {(*row.split("."), kind): cells[kind]["restricted"][0] for row, cells in asked.items() for kind in ASKED}
     values |= {(row, "probe", measure): cells[measure]["value"][0]
-               for row, cells in tables["probe"].items() for measure in PROBED}
-    flops = {}
-    for run in ("start", "more", "sft", "dpo", "large", "start.linear"):
-        with open(os.path.join(seed, run, "config.json")) as f:
-            flops[run] = json.load(f)["flops"]
-    return values, flops
+               for row, cells in probed.items() for measure in PROBED}
+    return values, {run: read_json(seed, run, "config.json")["flops"]
+                    for run in ("start", "more", "sft", "dpo", "large", "start.linear")}
 
 
 def report_transplant(seeds, out):
@@ -240,22 +279,16 @@ def report_transplant(seeds, out):
                 d = paired(v, values["start", *key])
                 result[", ".join((encoder, *key))] = {"mean": float(np.mean(v)), "per_seed": v, "minus_start": d}
             line += [f"{100 * np.mean(v):.1f}", difference_text(d) if encoder != "start" else ""] if v else ["", ""]
-    common.print_table("a fresh LLM reads each frozen encoder: % right among candidates, and difference to start "
-                       f"[95 %]; {len(seeds)} seed(s)",
-                       ["", *(cell for heading in COLUMNS.values() for cell in (heading, "    minus start"))],
-                       lines.values())
+    table = (f"a fresh LLM reads each frozen encoder: % right among candidates, and difference to start [95 %]; "
+             f"{len(seeds)} seed(s)",
+             ["", *(cell for heading in COLUMNS.values() for cell in (heading, "    minus start"))],
+             list(lines.values()))
     text = [f"{name}: {cost[run]:.3g} FLOPs, {100 * cost[run] / cost['start']:.0f} % of what trained the start"
             for run, name in (("start", "stage 1 of the start"), ("large", "stage 1 of the larger encoder"),
                               ("more", "training on"), ("sft", "SFT"), ("dpo", "DPO, its reference apart"),
                               ("start.linear", "a fresh LLM on a frozen encoder"))]
-    print("\n" + "\n".join(text))
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "report.json.tmp"), "w") as f:
-        json.dump({"seeds": seeds, "versions": common.versions(), "rows": result, "flops": cost, "text": text},
-                  f, indent=1)
-    os.replace(f.name, os.path.join(out, "report.json"))
-    draw_transplant(os.path.join(out, "report.png"), values)
-    print(f"wrote {out}/report.json and {out}/report.png")
+    write(out, {"seeds": seeds, "rows": result, "flops": cost}, [table], text,
+          lambda path: draw_transplant(path, values))
 
 
 def draw_transplant(path, values):
@@ -277,26 +310,29 @@ def draw_transplant(path, values):
     plt.close(figure)
 
 
+def write(out, contents, tables, text, draw_into):
+    """Prints tables and text; OUT/report.json, each whole or absent, OUT/report.md and OUT/report.png"""
+    for table in tables:
+        common.print_table(*table)
+    print("\n" + "\n".join(text))
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "report.json.tmp"), "w") as f:
+        json.dump({"versions": common.versions(), **contents, "text": text}, f, indent=1)
+    os.replace(f.name, os.path.join(out, "report.json"))
+    with open(os.path.join(out, "report.md"), "w") as f:
+        f.write(markdown([turned(*table) for table in tables]) + "\n" + "\n\n".join(text) + "\n")
+    draw_into(os.path.join(out, "report.png"))
+    print(f"wrote {out}/report.json, report.md and report.png")
+
+
 def main():
     args = parser.parse_args()
     if args.transplant:
         return report_transplant(args.seeds, args.out)
     result = summarise(args.seeds)
-    result["text"] = sentences(result, len(args.seeds))
-    arms = [arm for arm in ARMS if any(arm in rows for rows in result["rows"].values())]
-    lines = [[ARMS[arm], *(f"{100 * result['rows'][m][arm]['mean']:.1f}" if arm in result["rows"][m] else ""
-                           for m in MEASURES)] for arm in arms]
-    for name, pair in (("DPO minus SFT", "dpo - sft"), ("GRPO minus stage 1", "grpo - stage1")):
-        lines.append([name, *(difference_text(result["differences"][pair][m]) for m in MEASURES)])
-    common.print_table(f"%, mean of {len(args.seeds)} seed(s)",
-                       ["", *(heading for heading, _, _ in MEASURES.values())], lines)
-    print("\n" + "\n".join(result["text"]))
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "report.json.tmp"), "w") as f:
-        json.dump({"seeds": args.seeds, "versions": common.versions(), **result}, f, indent=1)
-    os.replace(f.name, os.path.join(args.out, "report.json"))
-    draw(os.path.join(args.out, "report.png"), result, args.seeds, result["text"])
-    print(f"wrote {args.out}/report.json and {args.out}/report.png")
+    text = sentences(result, len(args.seeds))
+    write(args.out, {"seeds": args.seeds, **result}, study_tables(result, len(args.seeds)), text,
+          lambda path: draw(path, result, args.seeds, text))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metrics import normalise
 from model import InputError, opened
-from scenes import CELL, PLACES, SIDE
+from scenes import PLACES, SIDE
 
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|-?\.\d+"  # 1,000 and 1e-3 and -.5; 2,3 are two
 THINK = ("You are a helpful assistant. Think about the question first, then answer it: write your reasoning between "
@@ -79,8 +79,8 @@ def place(prediction, record):
     name = normalise(prediction)
     if name not in PLACES:
         return 0.0
-    y, x = divmod(PLACES.index(name), SIDE)
-    return overlap((x * CELL, y * CELL, (x + 1) * CELL, (y + 1) * CELL), record["box"])
+    (y, x), cell = divmod(PLACES.index(name), SIDE), record["image"].width / SIDE
+    return overlap((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), record["box"])
 
 
 class RewardModel:

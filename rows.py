@@ -25,7 +25,8 @@ from trees import cut
 FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
           "pairs": ("image", "question", "chosen", "rejected"), "captions": ("image", "caption")}
 NOT_IN_FORM = (KeyError, IndexError, TypeError, AttributeError)  # how a row shows that it is not what its columns say
-STAND_INS = {"sft": ("chosen",), "captions": ("text", "answer", "chosen")}  # what will do for a kind's last field
+STAND_INS = {"sft": ("chosen",), "vqa": ("chosen",),  # what will do for a kind's last field
+             "captions": ("text", "answer", "chosen")}
 
 
 class Nested(Sequence):

@@ -28,12 +28,14 @@ COLORS = {"red": (255, 85, 80), "green": (80, 255, 85), "blue": (85, 80, 255),  
           "yellow": (195, 195, 30), "purple": (195, 30, 195), "cyan": (30, 195, 195)}
 PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-WORLDS = {"scenes": .05, "noisy": .5}    # pixel noise; in the noisy one an encoder that has learnt nothing is no use
 SPLITS = {"train": range(0, 80), "tune": range(80, 90), "test": range(90, 100)}  # per cent of all layouts
 SHORT_KINDS = ["color", "shape", "place"]  # each asks one attribute of one object
 VISION_KINDS = SHORT_KINDS + ["relation", "count", "existence"]
 KNOWLEDGE_KINDS = ["sum", "corners", "mix"]
-TASKS = ["sft", "vqa", "foreign", "plain", "maps", "red"]
+PAIRS = {                                # task -> its style, and how often an object is misread in chosen and rejected
+    "foreign": ("foreign", .15, .45), "foreign_exact": ("foreign", 0, .45), "foreign_poor": ("foreign", .3, .6),
+    "taught_poor": ("taught", .15, .45)}
+TASKS = ["sft", "vqa", "plain", "unrelated", "maps", "red", *PAIRS]
 CORNERS = {"circle": "zero", "square": "four", "triangle": "three",
            "diamond": "four", "cross": "twelve", "ring": "zero"}
 MIXES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("blue", "red"): "purple",
@@ -42,10 +44,11 @@ MIXES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("blue", "red
 # ---- a scene and its picture -----------------------------------------------------------------------------------------
 
 
-def draw_scene(rng, split):
-    """-> {place index: (shape, colour)} in reading order, redrawn until its hash falls into `split`"""
+def draw_scene(rng, split, most=4):
+    """-> {place index: (shape, colour)} in reading order, of one to `most` objects, redrawn until its hash falls into
+    `split`"""
     while True:
-        n = int(rng.integers(1, 5))
+        n = int(rng.integers(1, most + 1))
         cells = sorted(rng.choice(SIDE * SIDE, n, replace=False).tolist())
         shapes, colors = rng.permutation(SHAPES)[:n].tolist(), rng.permutation(list(COLORS))[:n].tolist()
         scene = dict(zip(cells, zip(shapes, colors)))
@@ -53,34 +56,70 @@ def draw_scene(rng, split):
             return scene
 
 
-@functools.lru_cache
-def shape_mask(shape, radius=5):
-    """(12,12) bool: the pixels of one shape, centred, before jitter"""
-    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
-    return {"circle": x**2 + y**2 <= radius**2, "square": np.maximum(abs(x), abs(y)) <= radius - .5,
+def shape_mask(shape, y, x, radius):
+    """Which points (y, x), in pixels from the middle of a shape, lie in it; bool, as y and x are"""
+    return {"circle": x**2 + y**2 <= radius**2, "square": np.maximum(abs(x), abs(y)) <= .9 * radius,
             "triangle": (abs(x) <= (y + radius) / 2) & (abs(y) <= radius), "diamond": abs(x) + abs(y) <= radius,
-            "cross": (np.minimum(abs(x), abs(y)) <= 1.5) & (np.maximum(abs(x), abs(y)) <= radius),
-            "ring": (x**2 + y**2 <= radius**2) & (x**2 + y**2 >= (radius - 2.5)**2)}[shape]
+            "cross": (np.minimum(abs(x), abs(y)) <= .3 * radius) & (np.maximum(abs(x), abs(y)) <= radius),
+            "ring": (x**2 + y**2 <= radius**2) & (x**2 + y**2 >= (.5 * radius)**2)}[shape]
 
 
-def draw_picture(rng, scene, noise=WORLDS["scenes"]):
-    """`noise`: twice its standard deviation, in full brightnesses
-    -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
+def box_of(inside):
+    """(H,W) bool -> (x0, y0, x1, y1): the smallest box around what is True, in pixels"""
+    ys, xs = np.nonzero(inside)
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
+def draw_picture(rng, scene, noise=.05):
+    """Each shape in the middle of its cell, give or take a pixel. `noise`: twice its standard deviation, in full
+    brightnesses -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
     boxes {cell: (x0,y0,x1,y1) in pixels}"""
     image = np.full((SIZE, SIZE, 3), 40.0)
     mask, boxes = np.zeros((SIZE, SIZE), np.uint8), {}
+    y, x = np.mgrid[:SIZE, :SIZE]
     for cell, (shape, color) in scene.items():
         dx, dy = rng.integers(-1, 1, 2)
-        inside = np.roll(shape_mask(shape), (dy, dx), (0, 1))          # one pixel of margin stays: nothing wraps round
-        y0, x0 = cell // SIDE * CELL, cell % SIDE * CELL
-        tint = np.array(COLORS[color]) * rng.normal(1, .08, 3)
-        image[y0:y0 + CELL, x0:x0 + CELL][inside] = tint
-        mask[y0:y0 + CELL, x0:x0 + CELL][inside] = 1 + SHAPES.index(shape)
-        ys, xs = np.nonzero(inside)
-        boxes[cell] = (x0 + int(xs.min()), y0 + int(ys.min()), x0 + int(xs.max()) + 1, y0 + int(ys.max()) + 1)
+        inside = shape_mask(shape, y - cell // SIDE * CELL - dy - (CELL - 1) / 2,
+                            x - cell % SIDE * CELL - dx - (CELL - 1) / 2, radius=5)
+        image[inside] = np.array(COLORS[color]) * rng.normal(1, .08, 3)
+        mask[inside], boxes[cell] = 1 + SHAPES.index(shape), box_of(inside)
     image += rng.normal(0, 255 * noise * .5, image.shape)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8)), mask, boxes
 
+
+def draw_large(rng, scene, size=96):
+    """The large world, for a GPU: shapes of 18 to 32 pixels with a texture and a light from one side, anywhere around
+    the middle of their cell and over its borders, one in front of another (half of each stays visible), on a cloudy
+    ground -> as draw_picture, (96x96); boxes are around what is visible"""
+    y, x = np.mgrid[:size, :size]
+    clouds = Image.fromarray(rng.uniform(20, 90, (6, 6, 3)).astype(np.uint8)).resize((size, size), Image.BICUBIC)
+    image, owner, areas, cell_size = np.array(clouds, float), np.full((size, size), -1), {}, size / SIDE
+    for cell in rng.permutation(list(scene)).tolist():                  # from the back to the front
+        shape, color = scene[cell]
+        while True:
+            radius = rng.uniform(9, 16)
+            middle = (np.array(divmod(cell, SIDE)) + .5) * cell_size + rng.uniform(-10, 10, 2)
+            dy, dx = (at - middle[axis].clip(radius, size - 1 - radius) for axis, at in enumerate((y, x)))
+            inside = shape_mask(shape, dy, dx, radius)
+            if all(((owner == other) & ~inside).sum() >= area / 2 for other, area in areas.items()):
+                break
+        owner[inside], areas[cell] = cell, inside.sum()
+        turn, period = rng.uniform(0, np.pi), rng.uniform(4, 7)
+        u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+        waves = [np.zeros_like(u), np.sin(2 * np.pi * u / period),      # plain, stripes, dots
+                 np.sin(2 * np.pi * u / period) * np.sin(2 * np.pi * v / period)][rng.integers(3)]
+        light = (1 + .25 * u / radius) * np.where(waves > .2, .6, 1)
+        image[inside] = (np.array(COLORS[color]) * rng.normal(1, .08, 3) * light[..., None])[inside]
+    mask = np.zeros((size, size), np.uint8)
+    for cell, (shape, _) in scene.items():
+        mask[owner == cell] = 1 + SHAPES.index(shape)
+    image += rng.normal(0, 255 * .04, image.shape)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8)), mask, {cell: box_of(owner == cell) for cell in scene}
+
+
+WORLDS = {"scenes": (draw_picture, 4),                                  # how it is drawn, how many objects at most
+          "noisy": (functools.partial(draw_picture, noise=.5), 4),      # an encoder that has learnt nothing is no use
+          "large": (draw_large, 5)}
 
 # ---- text: what stage 1 teaches --------------------------------------------------------------------------------------
 
@@ -174,12 +213,18 @@ def foreign_style(scene, kind, cell):
             f"so the answer is {short_answer(scene, kind, cell)}.")
 
 
-def foreign_pair(rng, scene, kind, cell, wrong_chosen=.15, wrong_rejected=.45):
-    """Two answers of a model that is not ours, in its own style and with its own errors: each object is misread with
-    probability `wrong_chosen` in the better answer and `wrong_rejected` in the worse one, and misread in the same way
-    where both are wrong (a chosen answer of a real preference set is imperfect too). Equal answers are drawn again, so
-    of one-object questions the worse answer is wrong in 82 % and the better in 18 %."""
+def taught_style(scene, kind, cell):
+    """How stage 1 was taught to say it"""
+    return describe(scene) if kind == "describe" else short_answer(scene, kind, cell)
+
+
+def imperfect_pair(rng, scene, kind, cell, style="foreign", wrong_chosen=.15, wrong_rejected=.45):
+    """Two answers of a model that is not ours, perhaps in its own style, with its own errors: each object is misread
+    with probability `wrong_chosen` in the better answer and `wrong_rejected` in the worse one, and misread in the same
+    way where both are wrong (a chosen answer of a real preference set is imperfect too). Equal answers are drawn again,
+    so of one-object questions the worse answer is wrong in 82 % and the better in 18 %."""
     mentioned = list(scene) if kind == "describe" else [cell]
+    say = {"foreign": foreign_style, "taught": taught_style}[style]
     chosen = rejected = None
     while chosen == rejected:                                           # equal answers carry no preference
         scenes, cells = [dict(scene), dict(scene)], [cell, cell]
@@ -190,7 +235,7 @@ def foreign_pair(rng, scene, kind, cell, wrong_chosen=.15, wrong_rejected=.45):
                     del scenes[i][c]
                     scenes[i][moved] = misread[moved]
                     cells[i] = moved if c == cell else cells[i]
-        chosen, rejected = (foreign_style(dict(sorted(s.items())), kind, at) for s, at in zip(scenes, cells))
+        chosen, rejected = (say(dict(sorted(s.items())), kind, at) for s, at in zip(scenes, cells))
     return chosen, rejected
 
 
@@ -198,9 +243,11 @@ class Scenes:
     """The drawn world as a data set: `Scenes("train", 1000)[7]` is always the same record
     (see `record` for its fields).
 
-    task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), "foreign" or "plain" (preference pairs),
-    "maps" (pairs of descriptions that differ in one object, with its box) or "red" (`label` = shape of the red object,
-    for a probe). `questions` rows in a row share a picture. world: "scenes", or "noisy", the same under heavy noise."""
+    task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), preference pairs: "foreign" and the other
+    PAIRS, "plain" (the truth against one error, as taught) or "unrelated" (chosen answers of "foreign" against those of
+    other pictures), "maps" (pairs of descriptions that differ in one object, with its box) or "red" (`label` = shape of
+    the red object, for a probe). `questions` rows in a row share a picture. world: "scenes", "noisy", the same under
+    heavy noise, or "large" (`draw_large`)."""
 
     def __init__(self, split, n, task="sft", seed=0, questions=1, world="scenes"):
         if split not in SPLITS:
@@ -208,7 +255,7 @@ class Scenes:
         if task not in TASKS:
             raise ValueError(f"unknown task '{task}' of the drawn world; tasks: {', '.join(TASKS)}")
         self.split, self.n, self.task, self.seed, self.questions = split, n, task, seed, questions
-        self.noise = WORLDS[world]
+        self.world = world
 
     def __len__(self):
         return self.n
@@ -222,12 +269,13 @@ class Scenes:
     @functools.lru_cache(maxsize=4)  # the rows of a picture are mostly asked for together
     def about(self, picture):
         """All rows of one picture"""
-        key = zlib.crc32(f"{self.split} {self.task}".encode())
-        rng = np.random.default_rng([self.seed, key, picture])
-        scene = draw_scene(rng, self.split)
+        pictures_of = "foreign" if self.task == "unrelated" else self.task
+        rng = np.random.default_rng([self.seed, zlib.crc32(f"{self.split} {pictures_of}".encode()), picture])
+        draw, most = WORLDS[self.world]
+        scene = draw_scene(rng, self.split, most)
         while self.task == "red" and "red" not in {color for _, color in scene.values()}:
-            scene = draw_scene(rng, self.split)
-        image, mask, boxes = draw_picture(rng, scene, self.noise)
+            scene = draw_scene(rng, self.split, most)
+        image, mask, boxes = draw(rng, scene)
         asked = []
         for _ in range(self.questions):
             for _ in range(20):  # no row twice, as long as there are others; a pair may ask again and answer otherwise
@@ -242,11 +290,16 @@ class Scenes:
         cell = int(rng.choice(list(scene)))
         if self.task == "red":  # colour and shape must be bound: no single feature gives it away
             return {"label": next(SHAPES.index(shape) for shape, color in scene.values() if color == "red")}
-        if self.task in ("foreign", "plain", "maps"):
+        if self.task in (*PAIRS, "plain", "unrelated", "maps"):
             kind = "describe" if self.task == "maps" or rng.random() < .5 else str(rng.choice(SHORT_KINDS))
             question = "describe the picture." if kind == "describe" else short_question(scene, kind, cell)
-            if self.task == "foreign":
-                chosen, rejected = foreign_pair(rng, scene, kind, cell)
+            if self.task in PAIRS:
+                chosen, rejected = imperfect_pair(rng, scene, kind, cell, *PAIRS[self.task])
+            elif self.task == "unrelated":
+                chosen = rejected = imperfect_pair(rng, scene, kind, cell)[0]
+                while rejected == chosen:
+                    other = draw_scene(rng, self.split, WORLDS[self.world][1])
+                    rejected = imperfect_pair(rng, other, kind, int(rng.choice(list(other))))[0]
             else:
                 wrong, moved = wrong_object(rng, scene, cell,
                                             "shape" if self.task == "maps" else None if kind == "describe" else kind)
@@ -361,7 +414,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/scenes.png",
                         help="a .png file for a contact sheet, or a folder for rows.jsonl and pictures")
-    parser.add_argument("--world", choices=WORLDS, default="scenes", help="noisy: the same under heavy pixel noise")
+    parser.add_argument("--world", choices=WORLDS, default="scenes", 
+                        help="noisy: the same under heavy pixel noise; large: textured shapes, one before another")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which layouts")
     parser.add_argument("--task", choices=TASKS, default="sft", help="what to ask of them; see the class Scenes")
     parser.add_argument("--n", type=int, default=16, help="how many rows")

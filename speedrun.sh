@@ -1,23 +1,30 @@
 #!/usr/bin/env bash
-# The whole study, top to bottom: one start, three ways to post-train it, and every encoder opened up.
+# The whole study, top to bottom: one start, several ways to post-train it, and every encoder opened up.
 #
-#   bash speedrun.sh                          one seed, up to half an hour on two CPU cores
+#   bash speedrun.sh                          one seed, five arms, up to half an hour on two CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
-#   SEEDS="0 1 2" STAGE1_STEPS=1500 OUT=runs/long bash speedrun.sh   stage 1 for longer: the numbers in README
-#   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own
+#   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own, ... (scenes.py)
+#   ARMS=all STAGE1_STEPS=1500 SEEDS="0 1 2 3 4" OUT=runs/study bash speedrun.sh         the numbers in README
 #
-# A stage whose output exists is not run again, and training goes on from its last save: a stopped study goes on
-# where it was.
+# Learning rates were picked by sweep.sh. A stage whose output exists is not run again, and training goes on from its
+# last save: a stopped study goes on where it was.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
+ARMS=${ARMS:-more sft dpo grpo sft_grpo}
 N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3}
 N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
-LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-1e-3} LR_GRPO=${LR_GRPO:-3e-4}
+LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-3e-4} LR_DPO_SFT=${LR_DPO_SFT:-3e-4} LR_MPO=${LR_MPO:-1e-3}
+LR_GRPO=${LR_GRPO:-3e-4}
+[ "$ARMS" != all ] || ARMS="more sft sft_long sft_drift dpo dpo_sft mpo unrelated grpo sft_grpo warm warm_sft warm_dpo"
 
-settings="STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS"
-settings+=" EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_GRPO=$LR_GRPO"
+settings="ARMS=$ARMS STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS"
+settings+=" EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_DPO_SFT=$LR_DPO_SFT LR_MPO=$LR_MPO LR_GRPO=$LR_GRPO"
 source "$here/stages.sh"
+
+arm() {  # arm NAME SCRIPT FLAGS...: a stage, if it is one of ARMS
+  case " $ARMS " in *" $1 "*) local output=$run/$1; arms+=("$output"); shift; stage "$output" "$@" ;; esac
+}
 
 folders=()
 for seed in $SEEDS; do
@@ -33,21 +40,36 @@ for seed in $SEEDS; do
       --seed "$((seed + 500))" --samples 4 --write_pairs "$pairs"
   fi
   # rows that stage 1 has not seen, in one order for all arms
-  same=(--init "$run/stage1" --n "$N_PAIRS" --epochs "$EPOCHS" --seed "$((seed + 1000))")
-  stage "$run/more" train_sft.py "${same[@]}" --lr "$LR_SFT" --data scenes/train/sft/4
-  stage "$run/sft"  train_sft.py "${same[@]}" --lr "$LR_SFT" --data "$pairs"
-  stage "$run/dpo"  train_dpo.py "${same[@]}" --lr "$LR_DPO" --data "$pairs"
+  arms=("$run/stage1")
+  from=(--init "$run/stage1" --seed "$((seed + 1000))") all=(--n "$N_PAIRS" --epochs "$EPOCHS")
+  sft=(train_sft.py "${from[@]}" "${all[@]}" --lr "$LR_SFT" --data "$pairs")
+  dpo=(train_dpo.py "${from[@]}" "${all[@]}" --lr "$LR_DPO" --data "$pairs")
+  arm more    "${sft[@]}" --data scenes/train/sft/4  # of a flag that comes twice the later counts
+  arm sft     "${sft[@]}"
+  arm dpo     "${dpo[@]}"
+  arm dpo_sft "${dpo[@]}" --lr "$LR_DPO_SFT" --sft_weight 0.1
+  arm mpo     "${dpo[@]}" --lr "$LR_MPO" --dpo_weight 0.8 --bco_weight 0.2 --sft_weight 1
+
+  # is it that DPO reads twice the text? that it moves less? would any contrast do?
+  arm sft_long  "${sft[@]}" --epochs $((2 * EPOCHS))
+  arm sft_drift "${sft[@]}" --max_drift "$(drift_of "$run/dpo")" --log_every 1
+  arm unrelated "${dpo[@]}" --data scenes/train/unrelated
+
+  # is it the shock of a new style? first only connector and LLM learn it, from other pairs; then both arms as above
+  arm warm     "${sft[@]}" --lr_vision 0 --seed "$((seed + 2000))"
+  arm warm_sft "${sft[@]}" --init "$run/warm"
+  arm warm_dpo "${dpo[@]}" --init "$run/warm"
 
   # GRPO gets questions of its own, four about each picture, and as many pictures as there are pairs; after SFT on half
-  # of the pairs (the later --n counts) half as many
-  half=$((N_PAIRS / 2)) grpo=(--seed "$((seed + 1000))" --batch_size 128 --lr "$LR_GRPO" --data scenes/train/vqa/4)
-  stage "$run/grpo" train_grpo.py --init "$run/stage1" --n "$((4 * N_PAIRS))" "${grpo[@]}"
-  stage "$run/sft_half" train_sft.py "${same[@]}" --n "$half" --lr "$LR_SFT" --data "$pairs"
-  stage "$run/sft_grpo" train_grpo.py --init "$run/sft_half" --n "$((4 * half))" "${grpo[@]}"
+  # of the pairs half as many
+  half=$((N_PAIRS / 2))
+  grpo=(train_grpo.py "${from[@]}" --batch_size 128 --lr "$LR_GRPO" --data scenes/train/vqa/4 --n)
+  arm grpo "${grpo[@]}" "$((4 * N_PAIRS))"
+  case " $ARMS " in *" sft_grpo "*) stage "$run/sft_half" "${sft[@]}" --n "$half" ;; esac
+  arm sft_grpo "${grpo[@]}" "$((4 * half))" --init "$run/sft_half"
 
-  arms=("$run/stage1" "$run/more" "$run/sft" "$run/dpo" "$run/grpo" "$run/sft_grpo")
   stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS"
   stage "$run/vqa"   eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST"
-  stage "$run/swap"  eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1"
+  stage "$run/swap"  eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1" --blind false
 done
 python "$here/report.py" "${folders[@]}" --out "$OUT"

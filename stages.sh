@@ -1,5 +1,5 @@
-# What speedrun.sh and transplant.sh share: `stage` runs a script unless its output is there, and one folder holds one
-# study. Sourced with $here, $OUT and $settings set.
+# What speedrun.sh, sweep.sh, map.sh and transplant.sh share: `stage` runs a script unless its output is there, and one
+# folder holds one study. Sourced with $here, $OUT and $settings set.
 
 mkdir -p "$OUT"
 [ -e "$OUT/settings.txt" ] || echo "$settings" > "$OUT/settings.txt"
@@ -15,4 +15,8 @@ stage() {  # stage OUTPUT SCRIPT FLAGS...
   echo "== $script $* --out $output"
   case $script in train_*) set -- "$@" --resume ;; esac  # go on inside a stage that was stopped
   python "$here/$script" "$@" --out "$output"
+}
+
+drift_of() {  # how far a run's encoder has moved, from the last line of its log
+  tail -n 1 "$1/log.jsonl" | grep -o '"drift_vision": [^,}]*' | cut -d ' ' -f 2
 }

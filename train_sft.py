@@ -30,7 +30,7 @@ import common
 import data
 import scenes
 from model import MLLM, InputError, read_tensors
-from parallel import total
+from parallel import most, total
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
@@ -42,7 +42,8 @@ parser.add_argument("--vision",
                     help="vision encoder: hub id, folder, or tiny (random, 36 px, patch 6; the default), "
                          "tiny-64-8 (64 px, patch 8), tiny-36-12-32-4 (also width and layers), ...")
 parser.add_argument("--llm",
-                    help="LLM with a chat template: hub id, folder, or tiny (random, words of --data; the default)")
+                    help="LLM with a chat template: hub id, folder, or tiny (random, words of --data; the default), "
+                         "tiny-256-6 (also width and layers)")
 parser.add_argument("--feature_layer", type=int,
                     help="encoder layer the LLM reads, as an index of hidden_states (default: what an exported encoder "
                          "says of itself, else the paper's -2)")
@@ -58,6 +59,9 @@ parser.add_argument("--connector_from", metavar="RUN",
                     help="take the first layers of this run's connector instead of random ones, and keep them frozen")
 parser.add_argument("--keep_layers", type=int, choices=(1, 2),
                     help="how many layers of --connector_from to take (default 1: PIVOT's \"1+1\", one kept, one new)")
+parser.add_argument("--max_drift", type=float,
+                    help="stop once the vision encoder has moved so far, |w - w0| / |w0| (looked at every --log_every "
+                         "steps): a control that moves as far as another arm did")
 common.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
 
 
@@ -78,11 +82,11 @@ def start(args):
             vision = os.path.join(folder, "vision")
             with torch.random.fork_rng(enabled=args.lr_vision == 0):  # a random control gets the LLM that others get
                 scenes.tiny_vision(vision, *(int(size) for size in tiny.groups() if size))
-        if llm == "tiny":
+        if tiny_llm := re.fullmatch(r"tiny(?:-(\d+)-(\d+))?", llm):
             if args.stream:
                 raise InputError("--llm tiny learns its words from --data, which --stream does not load: name an --llm")
             llm = os.path.join(folder, "llm")
-            scenes.tiny_llm(llm, data.texts(args.data))
+            scenes.tiny_llm(llm, data.texts(args.data), *(int(size) for size in tiny_llm.groups() if size))
         hidden = 0 if args.connector == "linear" else len(kept["up.weight"]) if kept else None  # None: the LLM's width
         model = MLLM.from_pretrained(vision, llm, args.feature_layer, args.pool or (2 if tiny else 1), hidden,
                                      args.image_size)
@@ -146,6 +150,8 @@ def main():
         stats = {"loss": total(loss), **optimizer.step(step)}
         if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
             run.bar.set_postfix(loss=f"{float(stats['loss']):.3f}")
+            if args.max_drift and most(drift().get("drift_vision", 0.0)) >= args.max_drift:
+                break
     run.finish()
 
 

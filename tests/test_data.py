@@ -189,7 +189,7 @@ def test_the_mask_fills_its_boxes():
         rest = mask.copy()
         for cell, (x0, y0, x1, y1) in boxes.items():
             inside = mask[y0:y1, x0:x1]
-            shape = scenes.shape_mask(scene[cell][0])
+            shape = scenes.shape_mask(scene[cell][0], *np.mgrid[:12, :12] - 5.5, 5)
             shape = shape[shape.any(1)][:, shape.any(0)]
             assert np.array_equal(inside, shape * (1 + SHAPES.index(scene[cell][0])))  # tight and whole: nothing is cut or wraps round
             assert cell % 3 * 12 <= x0 < x1 <= cell % 3 * 12 + 12 and cell // 3 * 12 <= y0 < y1 <= cell // 3 * 12 + 12
@@ -267,7 +267,7 @@ def test_foreign_errors_come_at_the_stated_rates():
                 continue
             cell = int(rng.choice(list(scene)))
             truth = {(PLACES[c], *scene[c]) for c in (scene if kind == "describe" else [cell])}
-            chosen, rejected = scenes.foreign_pair(rng, scene, kind, cell)
+            chosen, rejected = scenes.imperfect_pair(rng, scene, kind, cell)
             assert chosen != rejected and len(seen_in(chosen)) == len(seen_in(rejected)) == len({s[0] for s in seen_in(chosen)}) == n
             if kind != "describe":
                 assert chosen.endswith(f"so the answer is {next(iter(seen_in(chosen)))[{'color': 2, 'place': 0}[kind]]}.")

@@ -1,0 +1,100 @@
+"""
+Tables and pictures of the two grids: which learning rate for which arm, and what decides the sign of DPO minus SFT.
+
+    python grids.py sweep runs/sweep                                after sweep.sh (which calls this)
+    python grids.py map runs/map/seed0 runs/map/seed1 --out runs/map     after map.sh (likewise)
+
+Both write report.json, report.md and report.png into OUT (of a sweep: into its folder).
+"""
+import argparse
+import os
+
+import numpy as np
+
+import common
+from figures import canvas, color_of, save
+from report import difference_text, paired, read_json, read_log, write
+
+parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
+parser.add_argument("kind", choices=("sweep", "map"), help="which script made the folders")
+parser.add_argument("folders", nargs="+", help="the folder of a sweep, or one folder a seed of a map")
+parser.add_argument("--out", help="folder for report.json, report.md and report.png")
+
+SWEPT = {"sft": "SFT", "dpo": "DPO", "dpo_sft": "DPO + 0.1 SFT", "mpo": "MPO", "grpo": "GRPO"}
+COLUMNS = {  # key -> (heading, file, group, measure)
+    "pairs": ("chosen likelier than rejected, new pairs", "pairs", "all", "restricted"),
+    "decoded": ("vision questions, as decoded", "vqa", "vision-centric", "decoded"),
+    "restricted": ("vision questions, restricted to candidates", "vqa", "vision-centric", "restricted"),
+    "swap": ("swap test: stage 1's LLM reads the encoder", "swap", "vision-centric", "restricted"),
+    "drift": ("drift of the encoder's weights", None, None, None)}
+
+
+def read_sweep(folder):
+    """-> {run: {column: value}}; a run is stage1 or ARM-RATE"""
+    tables = {file: read_json(folder, file, "results.json")["table"] for file in ("pairs", "vqa", "swap")}
+    return {run: {key: tables[file][run][group][measure][0] if file else
+                  float(read_log(os.path.join(folder, run))["drift_vision"][-1]) if run != "stage1" else 0.0
+                  for key, (_, file, group, measure) in COLUMNS.items()} for run in tables["vqa"]}
+
+
+def picked(values):
+    """{run: {column: value}} -> {arm: its run with the lowest rate among those within 2 points of its best}, by pairs,
+    GRPO by what it answers. (2 points are one and a half standard errors of 1000 rows.)"""
+    found = {}
+    for arm in SWEPT:
+        score = {run: values[run]["decoded" if arm == "grpo" else "pairs"] for run in values
+                 if run.partition("-")[0] == arm}
+        found[arm] = min((run for run in score if score[run] >= max(score.values()) - .02),
+                         key=lambda run: float(run.partition("-")[2]))
+    return found
+
+
+def report_sweep(folder, out):
+    values = read_sweep(folder)
+    best = picked(values)
+    arms = {arm: sorted((run for run in values if run.partition("-")[0] == arm),
+                        key=lambda run: float(run.partition("-")[2])) for arm in SWEPT}
+    row = lambda name, run: [name, *(f"{100 * values[run][key]:.1f}" for key in COLUMNS)]
+    lines = [row("stage 1", "stage1")] + [
+        row(f"{SWEPT[arm]} {run.partition('-')[2]}" + " <" * (run == best[arm]), run)
+        for arm, runs in arms.items() for run in runs]
+    text = ["picked (<): " + ", ".join(f"LR_{arm.upper()}={run.partition('-')[2]}" for arm, run in best.items())]
+
+    def draw(path):
+        figure, axes = canvas(2, len(COLUMNS) - 1, 3.4, 3.2)
+        for axis, key in zip(axes[1], ("decoded", "restricted", "swap", "drift")):      # what is learnt, what it costs
+            for arm, runs in arms.items():
+                x, y = ([100 * values[run][which] for run in runs] for which in ("pairs", key))
+                axis.plot(x, y, "-", color=color_of(arm, list(arms)), linewidth=.7)
+                axis.scatter(x, y, [12 + 12 * i for i in range(len(runs))], color=color_of(arm, list(arms)), alpha=.7)
+            axis.plot(100 * values["stage1"]["pairs"], 100 * values["stage1"][key], "*", color="black", markersize=10)
+            axis.set_xlabel(COLUMNS["pairs"][0] + ", %", fontsize=8)
+            axis.set_ylabel(COLUMNS[key][0] + ", %", fontsize=8)
+        for axis, (key, (heading, *_)) in zip(axes[0], COLUMNS.items()):
+            for arm, runs in arms.items():
+                rates, color = [float(run.partition("-")[2]) for run in runs], color_of(arm, list(arms))
+                axis.plot(rates, [100 * values[run][key] for run in runs], "o-", color=color, markersize=3,
+                          label=SWEPT[arm])
+                axis.plot(float(best[arm].partition("-")[2]), 100 * values[best[arm]][key], "o", color=color)
+            axis.axhline(100 * values["stage1"][key], color="0.5", linewidth=.8, label="stage 1")
+            axis.set_xscale("log")
+            axis.set_title(heading + ", %", fontsize=8)
+            axis.set_xlabel("peak learning rate", fontsize=8)
+        axes[0, 0].legend(fontsize=7)
+        figure.suptitle("learning rates on the tuning split; below: what is learnt against what it costs "
+                        "(larger dots: higher rates, star: stage 1)", fontsize=10)
+        save(figure, path)
+
+    write(out, {"values": values, "picked": best},
+          [("tuning split, %; < is the rate that is picked", ["", *(heading for heading, *_ in COLUMNS.values())],
+            lines)], text, draw)
+
+
+def main():
+    args = parser.parse_args()
+    if args.kind == "sweep":
+        return report_sweep(args.folders[0], args.out or args.folders[0])
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,49 @@
+"""The tables over seeds: why the intervals are what they are, contrasts against plain arithmetic, and the two grids."""
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+import grids
+import report
+
+
+def test_t_intervals_hold_the_truth_as_often_as_they_say():
+    """Arms differ by 5 points, seeds by 3 more or less, and each seed is known by 2000 test rows. The mean of a seed's resampled rows is
+    normal around what was seen, so a bootstrap over seeds and their rows is drawn from that."""
+    rng, truth, row_noise, held = np.random.default_rng(0), .05, .5 / 2000**.5, np.zeros(2)
+    for _ in range(2000):
+        seen = rng.normal(truth, .03, 5) + rng.normal(0, row_noise, 5)
+        d = report.paired(seen, np.zeros(5))
+        drawn = seen[rng.integers(0, 5, (500, 5))] + rng.normal(0, row_noise, (500, 5))
+        low, high = np.quantile(drawn.mean(1), [.025, .975])
+        held += d["low"] <= truth <= d["high"], low <= truth <= high
+    t, bootstrap = held / 2000
+    assert .935 < t < .965 and .86 < bootstrap < .9
+
+
+def sweep_folder(path, values):
+    """What sweep.sh leaves, {run: (pairs, vision questions, drift)}, with numbers we know"""
+    for file, at in (("pairs", 0), ("vqa", 1), ("swap", 1)):
+        os.makedirs(path / file)
+        cell = {run: {group: {m: [v[at], 0, 1] for m in ("decoded", "restricted")} for group in ("all", "vision-centric")} for run, v in values.items()}
+        (path / file / "results.json").write_text(json.dumps({"table": cell}))
+    for run, (*_, drift) in values.items():
+        os.makedirs(path / run)
+        (path / run / "log.jsonl").write_text("".join(json.dumps({"step": s, "drift_vision": s * drift}) + "\n" for s in (0, 1)))
+    return str(path)
+
+
+def test_the_lowest_rate_within_two_points_is_picked(tmp_path, monkeypatch, capsys):
+    values = {"stage1": (.5, .9, 0), **{f"{arm}-{lr}": (.6, .9, .1) for arm in ("dpo", "dpo_sft", "mpo", "grpo") for lr in ("1e-4", "3e-3")}}
+    values |= {"sft-1e-4": (.61, .9, .01), "sft-3e-4": (.781, .5, .05), "sft-1e-3": (.80, .2, .07), "sft-3e-3": (.79, .1, .2)}
+    values |= {"grpo-1e-4": (.9, .80, .01), "grpo-3e-3": (.1, .83, .1)}                 # by what it answers, not by pairs
+    monkeypatch.setattr(sys, "argv", ["grids.py", "sweep", sweep_folder(tmp_path / "sweep", values)])
+    grids.main()
+    said = capsys.readouterr().out
+    assert "LR_SFT=3e-4, LR_DPO=1e-4, LR_DPO_SFT=1e-4, LR_MPO=1e-4, LR_GRPO=3e-3" in said
+    found = json.load(open(tmp_path / "sweep" / "report.json"))
+    assert found["values"]["sft-1e-3"] == pytest.approx({"pairs": .8, "decoded": .2, "restricted": .2, "swap": .2, "drift": .07})
+    assert os.path.getsize(tmp_path / "sweep" / "report.png") > 10_000 and "| SFT 3e-4 < | 78.1 |" in open(tmp_path / "sweep" / "report.md").read()
