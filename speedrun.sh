@@ -44,7 +44,7 @@ for seed in $SEEDS; do
   from=(--init "$run/stage1" --seed "$((seed + 1000))") all=(--n "$N_PAIRS" --epochs "$EPOCHS")
   sft=(train_sft.py "${from[@]}" "${all[@]}" --lr "$LR_SFT" --data "$pairs")
   dpo=(train_dpo.py "${from[@]}" "${all[@]}" --lr "$LR_DPO" --data "$pairs")
-  arm more    "${sft[@]}" --data scenes/train/sft/4  # of a flag that comes twice the later counts
+  arm more    "${sft[@]}" --data scenes/train/sft    # of a flag that comes twice the later counts
   arm sft     "${sft[@]}"
   arm dpo     "${dpo[@]}"
   arm dpo_sft "${dpo[@]}" --lr "$LR_DPO_SFT" --sft_weight 0.1

@@ -318,7 +318,9 @@ def test_place_is_the_cell_of_the_drawn_world():
         assert place(f" {record['answer'].upper()}. ", record) > .4 and place("at the " + record["answer"], record) == place("", record) == 0
         seen.add(record["answer"])
     assert len(seen) > 5
-    assert place("top right", {"box": (24, 0, 36, 12)}) == 1 and place("bottom left", {"box": (6, 24, 18, 36)}) == pytest.approx(72 / 216)
+    for scale in (1, 3):                                                                 # whatever the size of the picture
+        at = lambda *box: {"box": tuple(scale * x for x in box), "image": Image.new("RGB", (36 * scale, 36 * scale))}
+        assert place("top right", at(24, 0, 36, 12)) == 1 and place("bottom left", at(6, 24, 18, 36)) == pytest.approx(72 / 216)
 
 
 def test_open_ended():

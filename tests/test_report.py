@@ -30,16 +30,17 @@ def sweep_folder(path, values):
         os.makedirs(path / file)
         cell = {run: {group: {m: [v[at], 0, 1] for m in ("decoded", "restricted")} for group in ("all", "vision-centric")} for run, v in values.items()}
         (path / file / "results.json").write_text(json.dumps({"table": cell}))
-    for run, (*_, drift) in values.items():
+    for run, (_, _, drift, *reward) in values.items():
         os.makedirs(path / run)
-        (path / run / "log.jsonl").write_text("".join(json.dumps({"step": s, "drift_vision": s * drift}) + "\n" for s in (0, 1)))
+        more = [{"reward": r} if reward else {} for r in (0, *reward)]                  # the first half does not count
+        (path / run / "log.jsonl").write_text("".join(json.dumps({"step": s, "drift_vision": s * drift, **more[s * bool(reward)]}) + "\n" for s in (0, 1)))
     return str(path)
 
 
 def test_the_lowest_rate_within_two_points_is_picked(tmp_path, monkeypatch, capsys):
     values = {"stage1": (.5, .9, 0), **{f"{arm}-{lr}": (.6, .9, .1) for arm in ("dpo", "dpo_sft", "mpo", "grpo") for lr in ("1e-4", "3e-3")}}
     values |= {"sft-1e-4": (.61, .9, .01), "sft-3e-4": (.781, .5, .05), "sft-1e-3": (.80, .2, .07), "sft-3e-3": (.79, .1, .2)}
-    values |= {"grpo-1e-4": (.9, .80, .01), "grpo-3e-3": (.1, .83, .1)}                 # by what it answers, not by pairs
+    values |= {"grpo-1e-4": (.9, .80, .01, .90), "grpo-3e-3": (.1, .83, .1, .91)}       # by what its samples earned, not by pairs
     monkeypatch.setattr(sys, "argv", ["grids.py", "sweep", sweep_folder(tmp_path / "sweep", values)])
     grids.main()
     said = capsys.readouterr().out
