@@ -4,6 +4,7 @@ What does a preference step cost, and what does each saving buy?
     python bench.py                                  the drawn world and a middle size, minutes on a CPU
     python bench.py --shapes 0.5b 1.5b               SigLIP2-so400m/16-384 + Qwen2.5 in bf16, random weights, on a GPU
     pip install trl==1.16.0 && python bench.py       with TRL's DPOTrainer, the peer, in the comparison
+    python bench.py --recipes --shapes middle        peak memory of the training scripts, flag by flag
 
 The same pairs, four questions about each picture, go through variants of one DPO step (forward, backward, clipping,
 AdamW). From naive on, each has the savings of the one before it:
@@ -35,6 +36,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -73,6 +75,15 @@ SHAPES = {  # name -> encoder, LLM, tokens of a question and of a response, pair
              (40, 40), (150, 150), 16, 8),
     "1.5b": (SO400M, dict(QWEN, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                           num_attention_heads=12), (40, 40), (150, 150), 8, 8)}
+RECIPES = {  # what is trained -> script and flags
+    "connector": ("train_sft.py", "--lr_vision 0 --lr_llm 0"), "SFT": ("train_sft.py", ""),
+    "SFT, one picture at a time": ("train_sft.py", "--micro_batch 4"),
+    "SFT, and recomputing": ("train_sft.py", "--micro_batch 4 --grad_checkpoint"),
+    "SFT, LLM frozen": ("train_sft.py", "--micro_batch 4 --lr_llm 0"),
+    "DPO": ("train_dpo.py", ""), "DPO, one picture at a time": ("train_dpo.py", "--micro_batch 4"),
+    "DPO, and recomputing": ("train_dpo.py", "--micro_batch 4 --grad_checkpoint"),
+    "DPO, live reference": ("train_dpo.py", "--micro_batch 4 --reference live"),
+    "GRPO": ("train_grpo.py", "--micro_batch 4 --group 8"), "GRPO, no KL": ("train_grpo.py", "--micro_batch 4 --kl 0")}
 LR = 1e-5
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
@@ -80,6 +91,8 @@ parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, format
 parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "middle"], help="sizes of model and data")
 parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING,
                     help="default: all; TRL's only where it is installed")
+parser.add_argument("--recipes", action="store_true",
+                    help="instead of variants: run the training scripts for two steps each, and tell their peak memory")
 parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
 parser.add_argument("--steps", type=int, help="optimiser steps of a run, the first of which is not timed (default: the "
                                               "shape's own, 3 to 10)")
@@ -371,6 +384,51 @@ def measure(shape, variants, args, argv, device):
     return rows
 
 
+def measure_recipes(shape, args, device):
+    """-> one row a recipe: what its script says of its peak memory after two steps (the second has Adam's moments),
+    above that of a process that has only imported everything"""
+    pairs, rows = args.pairs or SHAPES[shape][4], []
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(args.threads),
+                   "MALLOC_MMAP_THRESHOLD_": "65536"}
+    idle = 0.0 if device.type == "cuda" else float(subprocess.run(
+        [sys.executable, "-c", "import common, data, torch; print(common.peak_memory_mb(torch.device('cpu')))"],
+        cwd=os.path.dirname(os.path.abspath(__file__)), env=environment, capture_output=True, text=True).stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        make_models(shape, folder)
+        os.makedirs(f"{folder}/pictures")
+        with open(f"{folder}/rows.jsonl", "w") as f:
+            for i, record in enumerate(make_records(shape, 2 * pairs)):
+                place = f"pictures/{i // QUESTIONS}.png"
+                record["image"].save(f"{folder}/{place}")
+                f.write(json.dumps({**record, "image": place, "answer": record["chosen"], "mask": None}) + "\n")
+        for name, (script, flags) in tqdm(RECIPES.items(), desc=f"{shape} recipes"):
+            out = f"{folder}/{len(rows)}"
+            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), "--out", out,
+                       "--init", f"{folder}/policy", "--data", f"{folder}/rows.jsonl", "--steps", "2", "--log_every",
+                       "1", "--batch_size", str(pairs), "--lr", str(LR), "--compile", str(args.compile).lower(),
+                       "--workers", "0", *flags.split()]
+            process = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if process.returncode:
+                raise SystemExit(f"{name} at {shape} failed:\n{process.stderr[-3000:]}")
+            with open(f"{out}/log.jsonl") as f:
+                peak = json.loads(f.readlines()[-1])["peak_mb"] - idle
+            counts = re.findall(r"^\w+ +([\d,]+) parameters, +([\d,]+) trained", process.stdout, re.M)
+            held, trained = (sum(int(pair[k].replace(",", "")) for pair in counts) for k in (0, 1))
+            rows.append({"recipe": name, "script": script, "flags": flags, "shape": shape, "rows_a_step": pairs,
+                         "device": device_name(device, args), "parameters": held, "trained": trained, "peak_mb": peak,
+                         "weights_mb": (4 * held + 12 * trained) / 2**20})
+    return rows
+
+
+def show_recipes(rows):
+    common.print_table(
+        f"{rows[0]['shape']}: {rows[0]['parameters'] / 1e6:.0f} M parameters, {rows[0]['rows_a_step']} rows a step, "
+        f"four about each picture; {rows[0]['device']}",
+        ["recipe", "script", "flags", "million trained", "peak MB", "of which weights, gradients, moments"],
+        [[row["recipe"], row["script"], row["flags"], f"{row['trained'] / 1e6:.1f}", f"{row['peak_mb']:.0f}",
+          f"{row['weights_mb']:.0f}"] for row in rows])
+
+
 def device_name(device, args):
     """"NVIDIA H200", "cpu, 1 thread(s)" """
     return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {args.threads} thread(s)"
@@ -454,6 +512,14 @@ def main():
             *(["--steps", str(args.steps)] if args.steps else []),
             *(["--grad_checkpoint"] if args.grad_checkpoint else [])]
     rows = []
+    if args.recipes:
+        for shape in args.shapes:
+            rows += measure_recipes(shape, args, device)
+            show_recipes([row for row in rows if row["shape"] == shape])
+        if args.json:
+            with open(args.json, "w") as f:
+                json.dump(rows, f, indent=1)
+        return
     for shape in args.shapes:
         rows += measure(shape, variants, args, argv, device)
         show([row for row in rows if row["shape"] == shape], f"{shape}: times as fast as the peer, median [lowest, "

@@ -149,8 +149,8 @@ def setup(seed, matmul="high"):
     -> device, a function that gives the autocast context (bf16 on GPU, fp32 on CPU)"""
     parallel.join()
     torch.manual_seed(seed)
-    if parallel.RANK:
-        sys.stdout = open(os.devnull, "w")                                      # the first process speaks for all
+    if parallel.RANK:                                                           # the first process speaks for all
+        sys.stdout, tqdm.__init__ = open(os.devnull, "w"), functools.partialmethod(tqdm.__init__, disable=True)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # ours is the bar to look at
     torch.set_float32_matmul_precision(matmul)  # on a GPU of what autocast leaves in fp32, on a CPU of everything
@@ -160,8 +160,8 @@ def setup(seed, matmul="high"):
 
 
 LESS_MEMORY = ("Less is taken by a smaller --micro_batch (same gradient; GRPO: also --batch_size or --group, which are "
-               "sampled at once), --grad_checkpoint, --lr_llm 0 or --lr_vision 0 (what is frozen has no moments), SFT "
-               "and DPO with --shard over several GPUs; in eval_vqa.py and probe.py by a smaller --batch_size")
+               "sampled at once), --grad_checkpoint, --lr_llm 0 or --lr_vision 0 (what is frozen has no moments), "
+               "--shard over several GPUs; in eval_vqa.py and probe.py by a smaller --batch_size")
 
 
 def cli(main):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import common
 import data
+import parallel
 import scenes
 from model import MLLM, Encoder, InputError, open_vision, to_pixels
 from rows import Rows
@@ -347,11 +348,14 @@ class Frozen:
                 InputError(f"{path} or its .part cannot be read ({error}); remove both") from None
 
     def extract(self, pictures, what, path):
-        """Fills PATH.part row by row, PATH.count says how far it got; renamed to PATH when all is there"""
+        """Fills PATH.part row by row, each process its share, PATH.count says how far it got; renamed to PATH when all
+        is there"""
         patch = self.encoder.vision.config.patch_size
         size = [side * patch for side in self.encoder.grid] if what == "patches" else None
         to_batch = partial(open_batch, pictures, partial(prepare, self.encoder.image_processor, size))
-        part, count, done = path + ".part", path + ".count", 0
+        first, end = (len(pictures) * r // parallel.WORLD for r in (parallel.RANK, parallel.RANK + 1))
+        part, done = path + ".part", first
+        count = path + ".count" + f"{parallel.RANK}of{parallel.WORLD}" * (parallel.WORLD > 1)
         os.makedirs(self.cache, exist_ok=True)
         if not os.path.exists(part):
             shape = (len(pictures), *self.read(sure(to_batch([0])).to(self.encoder.device), what).shape[1:])
@@ -366,24 +370,26 @@ class Frozen:
             with open(count) as f:
                 done = int(f.read())
         array = np.load(part, mmap_mode="r+")                                           # two may fill it, with the same
-        loader = DataLoader(range(done, len(pictures)), self.batch_size, collate_fn=to_batch, num_workers=self.workers)
+        loader = DataLoader(range(done, end), self.batch_size, collate_fn=to_batch, num_workers=self.workers)
         saved = time.time()
-        with tqdm(total=len(pictures), initial=done, desc=f"{self.name} {what}", unit="picture") as bar:
+        with tqdm(total=end, initial=done, desc=f"{self.name} {what}", unit="picture") as bar:
             for batch in loader:
                 pixels = sure(batch)
                 array[done:done + len(pixels)] = self.read(pixels.to(self.encoder.device), what)
                 done += len(pixels)
                 bar.update(len(pixels))
-                if time.time() - saved > 10 or done == len(pictures):                   # a kill loses ten seconds
+                if time.time() - saved > 10 or done == end:                             # a kill loses ten seconds
                     array.flush()
                     with open(f"{count}.{os.getpid()}", "w") as f:
                         f.write(str(done))
                     os.replace(f.name, count)
                     saved = time.time()
+        parallel.wait()
         with contextlib.suppress(FileNotFoundError):                                    # another process was faster
             os.replace(part, path)
         with contextlib.suppress(FileNotFoundError):
             os.remove(count)
+        parallel.wait()
 
 
 def sure(batch):

@@ -98,10 +98,81 @@ def report_sweep(folder, out):
             lines)], text, draw)
 
 
+
+# ---- the map ---------------------------------------------------------------------------------------------------------
+
+MAPPED = {"restricted": ("vqa", "vision questions, restricted to candidates"),
+          "swap": ("swap", "swap test: the start's LLM reads the encoder"),
+          "decoded": ("vqa", "vision questions, as decoded")}
+
+
+def read_map(seed):
+    """One seed's folder -> {START.CONDITION: {arm: {measure: value}}}, in which the arm "start" is where both came
+    from. A condition without an SFT run of its own (another beta) has that of the foreign pairs."""
+    found = {}
+    for folder in sorted(os.listdir(seed)):
+        if not folder.startswith("vqa-"):
+            continue
+        start = folder.removeprefix("vqa-")
+        tables = {file: read_json(seed, f"{file}-{start}", "results.json")["table"] for file in ("vqa", "swap")}
+        values = {run: {m: tables[file][run]["vision-centric"]["decoded" if m == "decoded" else "restricted"][0]
+                        for m, (file, _) in MAPPED.items()} for run in tables["vqa"]}
+        for run in values:
+            name, _, arm = run.rpartition(".")
+            if arm == "dpo":
+                found[name] = {"start": values[start], "dpo": values[run],
+                               "sft": values.get(f"{name}.sft") or values[f"{start}.foreign.sft"]}
+    return found
+
+
+def in_order(name):
+    """Conditions by start, smaller ones first, wider models last; within a start as map.sh makes them"""
+    start, _, condition = name.partition(".")
+    order = ("plain", "taught_poor", "foreign_exact", "foreign", "foreign_poor", "own")
+    number = float(condition.strip("betan")) if condition not in order else 0
+    return start.startswith("wide"), int(start.removeprefix("wide")), condition not in order, \
+        order.index(condition) if condition in order else condition.startswith("n"), number
+
+
+def report_map(seeds, out):
+    """A line a condition: where it started, and how far both arms went from there; one picture"""
+    found = [read_map(seed) for seed in seeds]
+    names = sorted(set.intersection(*map(set, found)), key=in_order)
+    contrasts = (("sft", "start"), ("dpo", "start"), ("dpo", "sft"))
+    of = lambda name, arm, measure: [each[name][arm][measure] for each in found]
+    result = {name: {m: {f"{a} - {b}": paired(of(name, a, m), of(name, b, m)) for a, b in contrasts} for m in MAPPED}
+              for name in names}
+    lines = [[name, f"{100 * np.mean(of(name, 'start', 'restricted')):.1f}",
+              *(difference_text(result[name][m][f"{a} - {b}"]) for m in MAPPED for a, b in contrasts)]
+             for name in names]
+    heads = ["steps of stage 1, pairs", "start, restricted",
+             *(f"{heading}: {a} - {b}" for _, heading in MAPPED.values() for a, b in contrasts)]
+
+    def draw(path):
+        figure, axes = canvas(1, len(MAPPED), 4.6, .24 * len(names) + .8)
+        for column, (axis, (measure, (_, heading))) in enumerate(zip(axes[0], MAPPED.items())):
+            for y, name in enumerate(names):
+                for shift, arm in ((.18, "sft"), (-.18, "dpo")):
+                    d = [100 * x for x in result[name][measure][f"{arm} - start"]["per_seed"]]
+                    axis.scatter(d, [shift - y] * len(d), s=14, color=color_of(arm, []), linewidths=0,
+                                 label=f"{arm.upper()} minus its start" if y == 0 else None)
+            axis.axvline(0, color="0.5", linewidth=.8)
+            axis.set_yticks(range(0, -len(names), -1), names if column == 0 else [""] * len(names), fontsize=7)
+            axis.grid(alpha=.3)
+            axis.set_title(heading + ", %-points", fontsize=9)
+        axes[0, 0].legend(fontsize=7)
+        figure.suptitle("steps of stage 1, and what the pairs are: a dot a seed", fontsize=10)
+        save(figure, path)
+
+    title = f"paired differences in %-points, {len(seeds)} seed(s)" + " [95 % interval]" * (len(seeds) > 1)
+    write(out, {"seeds": seeds, "map": result}, [(title, heads, lines)], [], draw)
+
+
 def main():
     args = parser.parse_args()
     if args.kind == "sweep":
         return report_sweep(args.folders[0], args.out or args.folders[0])
+    report_map(args.folders, args.out or os.path.dirname(args.folders[0]))
 
 
 if __name__ == "__main__":

@@ -259,8 +259,12 @@ def opened_whole(loader, folder, **how):
     for name in files.values():
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise InputError(f"{index} names the file {name!r}, which is no safetensors file in its folder")
+    shapes = []                                                                 # headers only
     for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-        read_tensors(file, lambda file: safe_open(file, "pt"))                 # headers only
+        with read_tensors(file, lambda file: safe_open(file, "pt")) as opened_file:
+            shapes += [opened_file.get_slice(name).get_shape() for name in opened_file.keys()]
+    if shapes:                                                                  # else `opened` says what is missing
+        check_sizes(os.path.join(folder, "config.json"), shapes)
     model, found = opened(loader, folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
                           ignore_mismatched_sizes=True, **how)
     wrong = [f"has no tensor {name}" for name in sorted(found["missing_keys"])] + \
@@ -270,6 +274,23 @@ def opened_whole(loader, folder, **how):
     if wrong:
         raise InputError(f"{folder}/model.safetensors {wrong[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
     return model
+
+
+def check_sizes(path, shapes):
+    """Refuses a config that asks for more than its tensors (their shapes) can fill, before anything is made of it"""
+    def within(config, name, most):
+        value = config.get(name)
+        if isinstance(value, (int, float)) and value > most:
+            raise InputError(f"{path}: {name} is {value}, and no tensor beside it is for more than {most}")
+
+    widest = max((size for shape in shapes for size in shape), default=1)
+    top = read_json(path)
+    for config in [top, *(value for value in top.values() if isinstance(value, dict))]:
+        for name in ("vocab_size", "hidden_size", "intermediate_size"):
+            within(config, name, widest)
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            within(config, name, max(len(shapes), widest))
+        within(config, "image_size", 64 * widest)                               # a patch has less than 64 pixels a side
 
 
 def read_tensors(path, read=load_file):
@@ -306,6 +327,9 @@ def open_vision(name, image_size=None, loader=partial(opened, dtype=torch.float3
     family = VISION_FAMILIES[model_type][0]
     extra = {"add_pooling_layer": False} if family is ViTModel else {}  # MAE and most ViTs have no weights for it
     vision, image_processor = loader(family, name, **extra), opened(AutoImageProcessor, name)
+    sides = [side for key in ("size", "crop_size") for side in dict(getattr(image_processor, key, None) or {}).values()]
+    if max((side for side in sides if isinstance(side, (int, float))), default=0) > 4096:
+        raise InputError(f"{name}: its image processor makes pictures of {max(sides)} pixels a side; 4096 is the most")
     return resize(vision, image_processor, image_size, extra) if image_size else (vision, image_processor)
 
 

@@ -105,6 +105,20 @@ def shard(model):
 
 
 @contextlib.contextmanager
+def at_hand(model):
+    """While it lasts, every process has all weights of a sharded model, and may call its parts when and as often as it
+    likes: to sample answers, of which each process has others. Moments and gradients stay in shards."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in parts:
+        module.set_reshard_after_forward(False)
+        module.unshard()
+    yield
+    for module in parts:
+        module.set_reshard_after_forward(True)
+        module.reshard()
+
+
+@contextlib.contextmanager
 def together(model):
     """While it lasts, a sharded model has all of its weights, on the CPU of the first process: to be written."""
     shards, full = [], {}

@@ -8,6 +8,7 @@ What does the vision encoder know? Detach it, freeze it, and ask it directly; se
                                                                                     folders with one folder a class
     python probe.py runs/stage1 runs/dpo --out runs/p --segmentation images masks --void 11
                                                                                     pictures and masks of equal names
+    torchrun --nproc_per_node=8 -- probe.py ...                                     the same, pictures read by all
 
 Probes 1 and 2 read `features`, the patch tokens at the layer that the LLM reads (or, with --through_connector, what the
 connector makes of them); 4 and 5 read every layer up to it; 3 takes gradients at image tokens and pixels.
@@ -33,6 +34,7 @@ import argparse
 import functools
 import json
 import os
+import tempfile
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ import data
 import features
 import figures
 import maps
+import parallel
 import scenes
 from features import Frozen, Pictures
 from model import MLLM, InputError
@@ -284,6 +287,7 @@ def main():
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} exists already; remove it or choose another name")
     device, autocast = common.setup(args.seed, "highest")                               # line searches mind rounding
+    parallel.wait()                                                                     # all have looked for --out
     names, runs = common.names(args.encoders), [source for source in args.encoders if features.is_run(source)]
     first, llms = names[0], args.llms or runs[:1]
     cache = args.cache or os.path.join(os.path.dirname(os.path.abspath(args.out)), "features")
@@ -296,7 +300,7 @@ def main():
     rows = [(name, source, None) for name, source in zip(names, args.encoders)]         # of a random one: which draw
     table, predictions, layer_pairs, movement, margins_of = {}, {}, {}, {}, {}
     shapes, start = [], None
-    with common.whole_folder(args.out) as folder:
+    with common.whole_folder(args.out) if not parallel.RANK else tempfile.TemporaryDirectory() as folder:
         for name, source, draw in rows:                                                 # grows: random ones come last
             encoder = features.open_encoder(source, args.feature_layer)
             shape, n_seeds = features.shape_of(encoder), args.seeds

@@ -5,21 +5,24 @@
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
 #   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own, ... (scenes.py)
 #   ARMS=all STAGE1_STEPS=1500 SEEDS="0 1 2 3 4" OUT=runs/study bash speedrun.sh         the numbers in README
+#   ARMS=all WORLD=large STAGE1_STEPS=20000 N_PAIRS=20000 OUT=runs/large bash speedrun.sh      for a GPU
 #
 # Learning rates were picked by sweep.sh. A stage whose output exists is not run again, and training goes on from its
 # last save: a stopped study goes on where it was.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}
-ARMS=${ARMS:-more sft dpo grpo sft_grpo}
+ARMS=${ARMS:-more sft dpo grpo sft_grpo} WORLD=${WORLD:-scenes}
 N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3}
 N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
 LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-3e-4} LR_DPO_SFT=${LR_DPO_SFT:-3e-4} LR_MPO=${LR_MPO:-1e-3}
 LR_GRPO=${LR_GRPO:-3e-4}
 [ "$ARMS" != all ] || ARMS="more sft sft_long sft_drift dpo dpo_sft mpo unrelated grpo sft_grpo warm warm_sft warm_dpo"
+model=(--vision tiny --llm tiny)
+[ "$WORLD" != large ] || model=(--vision tiny-96-8-256-6 --llm tiny-256-6 --lr 1e-3)
 
-settings="ARMS=$ARMS STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS"
-settings+=" EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_DPO_SFT=$LR_DPO_SFT LR_MPO=$LR_MPO LR_GRPO=$LR_GRPO"
+settings="WORLD=$WORLD ARMS=$ARMS STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS"
+settings+=" N_PAIRS=$N_PAIRS EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_DPO_SFT=$LR_DPO_SFT LR_MPO=$LR_MPO LR_GRPO=$LR_GRPO"
 source "$here/stages.sh"
 
 arm() {  # arm NAME SCRIPT FLAGS...: a stage, if it is one of ARMS
@@ -31,12 +34,12 @@ for seed in $SEEDS; do
   run=$OUT/seed$seed
   folders+=("$run")
   stage "$run/stage1" train_sft.py --seed "$seed" --optimizer muon --batch_size 96 --n $((96 * STAGE1_STEPS)) \
-    --data scenes/train/sft/4  # four questions about each picture, which is then read once for all of them
+    "${model[@]}" --data "$WORLD/train/sft/4"  # four questions about each picture, read once for all of them
 
-  pairs=scenes/train/$PAIRS
+  pairs=$WORLD/train/$PAIRS
   if [ "$PAIRS" = own ]; then
     pairs=$run/own.jsonl
-    [ -e "$pairs" ] || python "$here/eval_vqa.py" "$run/stage1" --data scenes/train/sft --n "$N_PAIRS" \
+    [ -e "$pairs" ] || python "$here/eval_vqa.py" "$run/stage1" --data "$WORLD/train/sft" --n "$N_PAIRS" \
       --seed "$((seed + 500))" --samples 4 --write_pairs "$pairs"
   fi
   # rows that stage 1 has not seen, in one order for all arms
@@ -44,7 +47,7 @@ for seed in $SEEDS; do
   from=(--init "$run/stage1" --seed "$((seed + 1000))") all=(--n "$N_PAIRS" --epochs "$EPOCHS")
   sft=(train_sft.py "${from[@]}" "${all[@]}" --lr "$LR_SFT" --data "$pairs")
   dpo=(train_dpo.py "${from[@]}" "${all[@]}" --lr "$LR_DPO" --data "$pairs")
-  arm more    "${sft[@]}" --data scenes/train/sft    # of a flag that comes twice the later counts
+  arm more    "${sft[@]}" --data "$WORLD/train/sft"  # of a flag that comes twice the later counts
   arm sft     "${sft[@]}"
   arm dpo     "${dpo[@]}"
   arm dpo_sft "${dpo[@]}" --lr "$LR_DPO_SFT" --sft_weight 0.1
@@ -53,7 +56,7 @@ for seed in $SEEDS; do
   # is it that DPO reads twice the text? that it moves less? would any contrast do?
   arm sft_long  "${sft[@]}" --epochs $((2 * EPOCHS))
   arm sft_drift "${sft[@]}" --max_drift "$(drift_of "$run/dpo")" --log_every 1
-  arm unrelated "${dpo[@]}" --data scenes/train/unrelated
+  arm unrelated "${dpo[@]}" --data "$WORLD/train/unrelated"
 
   # is it the shock of a new style? first only connector and LLM learn it, from other pairs; then both arms as above
   arm warm     "${sft[@]}" --lr_vision 0 --seed "$((seed + 2000))"
@@ -63,13 +66,14 @@ for seed in $SEEDS; do
   # GRPO gets questions of its own, four about each picture, and as many pictures as there are pairs; after SFT on half
   # of the pairs half as many
   half=$((N_PAIRS / 2))
-  grpo=(train_grpo.py "${from[@]}" --batch_size 128 --lr "$LR_GRPO" --data scenes/train/vqa/4 --n)
+  grpo=(train_grpo.py "${from[@]}" --batch_size 128 --lr "$LR_GRPO" --data "$WORLD/train/vqa/4" --n)
   arm grpo "${grpo[@]}" "$((4 * N_PAIRS))"
   case " $ARMS " in *" sft_grpo "*) stage "$run/sft_half" "${sft[@]}" --n "$half" ;; esac
   arm sft_grpo "${grpo[@]}" "$((4 * half))" --init "$run/sft_half"
 
-  stage "$run/probe" probe.py    "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS"
-  stage "$run/vqa"   eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST"
-  stage "$run/swap"  eval_vqa.py --resume "${arms[@]}" --seed "$seed" --n "$N_TEST" --reader "$run/stage1" --blind false
+  stage "$run/probe" probe.py "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS" --world "$WORLD"
+  asked=("${arms[@]}" --resume --seed "$seed" --n "$N_TEST" --data "$WORLD/test/vqa")
+  stage "$run/vqa"  eval_vqa.py "${asked[@]}"
+  stage "$run/swap" eval_vqa.py "${asked[@]}" --reader "$run/stage1" --blind false
 done
 python "$here/report.py" "${folders[@]}" --out "$OUT"

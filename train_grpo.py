@@ -177,9 +177,6 @@ def main():
         raise InputError("--temperature must be above 0, --top_p above 0 and at most 1")
     if args.kl_target and not args.kl:
         raise InputError("--kl_target adapts --kl, which is 0")
-    if args.shard:
-        raise InputError("--shard: processes sample answers of different lengths, and shards want them in step; leave "
-                         "it out: every process then has a whole model")
     if args.group < 2:
         raise InputError("--group must be at least 2: an answer is compared with the others of its group")
     device, autocast = common.setup(args.seed, args.matmul)
@@ -191,12 +188,12 @@ def main():
     rows, steps = data.plan(args, "vqa")
     micro_batch = args.micro_batch or args.batch_size
     model.to(device).train()
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None      # whole in every process
     optimizer = common.Optimizer(model, args, len(steps) * args.updates)
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None
     judge = Judge(args, device)
     run = common.Run(args, model, optimizer, steps, args.updates, parent=args.init, data=args.data,
                      rows=rows.identity())
@@ -205,11 +202,14 @@ def main():
     # ---- train
     carried, since = run.restore(kl_weight=args.kl, judged=[]), time.time()    # judged: groups since the last line
     reader = Reader(rows, model, args)
+    if args.shard:                                                              # FSDP wants its first call to be whole
+        with torch.no_grad(), autocast():
+            model.response_logps(data.nothing(model).to(device))
     for step, (trees,) in run.loop(data.batches(reader, steps, args.batch_size, args.workers, run.first), []):
         records = [record for tree in trees for record in tree]
         run.check()                                                             # no samples of what is no number
         # sample, judge, compare
-        with autocast():
+        with autocast(), parallel.at_hand(model):
             groups, entropy = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records],
                                             args.group, args.max_new_tokens, args.temperature, args.top_p)
         texts = [[text.strip() for text in model.tokenizer.batch_decode(group, skip_special_tokens=True)]
@@ -219,9 +219,10 @@ def main():
         carried.judged += gather([(record["reward"], group.tolist()) for record, group in zip(records, scores)])
         n_samples = total(scores.numel())
         advantage, parts, at = advantages(scores, args.advantage == "std"), [], 0               # (B,G)
-        for some in data.cut(trees, micro_batch):                               # micro-batches, with what stays fixed
+        chunks = list(data.cut(trees, micro_batch))
+        for some in chunks + [[]] * (parallel.most(len(chunks)) - len(chunks)):  # micro-batches, with what stays fixed
             part = slice(at, at := at + sum(map(len, some)))
-            batch = as_batch(model, some, groups[part]).to(device)
+            batch = (as_batch(model, some, groups[part]) if some else data.nothing(model)).to(device)
             lengths = batch.per_response(torch.ones_like(batch.targets, dtype=torch.float))
             share = 1 / (n_samples * (lengths if args.length == "response" else
                                       torch.full_like(lengths, args.max_new_tokens)))

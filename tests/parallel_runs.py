@@ -4,6 +4,7 @@ import sys
 import torch
 
 import common
+import probe
 import train_dpo
 import train_grpo
 import train_sft
@@ -17,9 +18,10 @@ def run(stage, out, *flags):
     stage.main()
 
 
-def say(model, images, questions, n, most, temperature, top_p):
-    """Samples that depend on the question alone, so that any number of processes draws the same"""
-    texts = [[question[at:at + 3 + at % 2] for at in range(n)] for question in questions]
+def say(model, images, questions, n, most, temperature, top_p, sample=train_grpo.sample_groups):
+    """Samples that depend on question and weights alone, so that any number of processes draws the same: what is likeliest, and a bit more"""
+    likeliest = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids, in sample(model, images, questions, 1, 3, 0)[0]]
+    texts = [[text + question[at:at + 3 + at % 2] for at in range(n)] for text, question in zip(likeliest, questions)]
     return [[model.chat.response_ids(text) for text in each] for each in texts], torch.tensor(.5 * len(questions))
 
 
@@ -34,8 +36,13 @@ def runs():
     run(train_dpo, "dpo_shard", *dpo, "--shard", "--lr_vision", "0", "--keep", "2", "--save_every", "3")  # alone there is nothing to split
     train_grpo.sample_groups = say
     train_grpo.rewards.KINDS |= dict.fromkeys(("exact", "place"), lambda said, record: sum(map(ord, said)) % 7 / 7)
-    run(train_grpo, "grpo", "--n", "9", "--batch_size", "4", "--group", "3", "--lr", "1e-4", "--updates", "2", "--clip_low", "1e-4",
-        "--clip_high", "1e-4", "--kl_target", "1e-6")
+    grpo = ("--n", "9", "--batch_size", "4", "--group", "3", "--lr", "1e-4", "--updates", "2", "--clip_low", "1e-4", "--clip_high", "1e-4",
+            "--kl_target", "1e-6")
+    run(train_grpo, "grpo", *grpo)
+    if common.parallel.WORLD > 1:
+        run(train_grpo, "grpo_shard", *grpo, "--shard", "--micro_batch", "1")           # one process has more micro-batches than the other
+    sys.argv = ["probe.py", start, "--n", "20", "--seeds", "1", "--out", f"{folder}/probe"]
+    probe.main()
 
 
 common.cli(runs)

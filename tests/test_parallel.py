@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train_grpo
-from model import MLLM, InputError
+from model import MLLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -55,7 +55,8 @@ def weights(run):
             for k, v in load_file(f"{run}/{file}.safetensors").items()}
 
 
-@pytest.mark.parametrize("one, two", [("sft", "sft"), ("bad", "bad"), ("dpo", "dpo"), ("grpo", "grpo"), ("sft", "sft_shard"), ("dpo_shard", "dpo_shard")])
+@pytest.mark.parametrize("one, two", [("sft", "sft"), ("bad", "bad"), ("dpo", "dpo"), ("grpo", "grpo"), ("sft", "sft_shard"), ("dpo_shard", "dpo_shard"),
+                                      ("grpo", "grpo_shard")])
 def test_two_processes_take_the_steps_of_one(one, two, done):
     # every logged number, gradient norms of each part among them, at every step, uneven and one-sided last steps included; and the weights
     (alone, both), start = done[0].values(), weights(done[0][1] / "start")
@@ -78,7 +79,7 @@ def test_rows_are_counted_over_all_processes_and_the_first_one_speaks(done):
     for folder in (alone, both):
         assert lines(folder, "bad")[-1]["dropped"] == 2
         assert json.load(open(folder / "bad/config.json"))["dropped"] == {"its picture is missing": 2}
-    assert printed.count("gone.png") == 2 and len(re.findall(r"^saved ", printed, re.M)) == 6 and printed.count("settings  ") == 6
+    assert printed.count("gone.png") == 2 and len(re.findall(r"^saved ", printed, re.M)) == 7 and printed.count("settings  ") == 7
 
 
 def test_a_sharded_save_is_a_run_directory(done):
@@ -123,7 +124,15 @@ def test_stopped_on_two_goes_on_on_one_and_a_killed_one_ends_both(start_run, tmp
     assert process.returncode == 0 and "resumed " in printed and [line["step"] for line in lines(tmp_path, "out")] == list(range(100))
 
 
-def test_grpo_has_no_shards(start_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_grpo.py", "--init", start_run, "--out", str(tmp_path / "out"), "--shard"])
-    with pytest.raises(InputError, match="^--shard: processes sample"):
-        train_grpo.main()
+def test_two_processes_probe_as_one(done):
+    # each reads its share of the pictures; features and everything made of them are those of one process, and one folder is written
+    alone, both = done[0].values()
+    files = [sorted(os.listdir(folder / "features")) for folder in (alone, both)]
+    assert files[0] == files[1] and len(files[0]) > 5 and all(name.endswith(".npy") for name in files[0])
+    for name in files[0]:
+        a, b = (np.load(folder / "features" / name) for folder in (alone, both))
+        assert np.abs(a).min(tuple(range(1, a.ndim))).max() > 0 and np.allclose(a, b, atol=1e-5), name
+    a, b = (json.load(open(folder / "probe" / "results.json"))["table"] for folder in (alone, both))
+    for row in a:
+        assert {m: cell["value"] for m, cell in b[row].items()} == {m: pytest.approx(cell["value"], abs=2e-3) for m, cell in a[row].items()}, row
+    assert len([name for name in os.listdir(both) if name.startswith("probe")]) == 1

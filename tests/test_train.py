@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -550,3 +551,22 @@ def test_the_log_is_passed_on(train, monkeypatch, capsys, tmp_path):
         for key in set(line) - {"step", "seconds"}:
             values = {event.step: event.value for event in found.Scalars(key)}
             assert values[line["step"]] == pytest.approx(line[key], rel=1e-6)
+
+
+def test_out_of_memory_says_at_which_line_and_what_takes_less(monkeypatch):
+    monkeypatch.setattr("sys.argv", [__file__])
+    with pytest.raises(SystemExit) as stop:
+        common.cli(lambda: torch.empty(10**14))
+    said = str(stop.value)
+    assert re.search(r"^error: out of memory at line \d+ of \S+test_train.py: common.cli\(lambda: torch.empty", said) and "--micro_batch" in said
+    assert "\n" not in said
+
+
+def test_a_process_that_lost_another_says_so(monkeypatch):
+    def main():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:4")
+    with pytest.raises(RuntimeError):                                                   # alone it is our fault
+        common.cli(main)
+    monkeypatch.setattr(common.parallel, "WORLD", 2)
+    with pytest.raises(SystemExit, match="^error: process 0 of 2 lost another one, whose own message is above"):
+        common.cli(main)
