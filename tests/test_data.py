@@ -278,6 +278,50 @@ def test_foreign_errors_come_at_the_stated_rates():
         assert wrong / total == pytest.approx(expected, abs=.04), (kind, expected)
 
 
+def test_how_wrong_and_how_foreign_the_pairs_are():
+    # chosen answers are exact where the task says so, err more often where it says that, and speak as they should
+    def wrong(task, field):
+        rows = [Scenes("train", 400, task)[i] for i in range(400)]
+        rows = [(row, read_picture(row)) for row in rows if row["kind"] == "describe"]
+        say = scenes.foreign_style if task.startswith("foreign") else scenes.taught_style
+        return np.mean([row[field] != say(scene, "describe", None) for row, scene in rows])
+    assert wrong("foreign_exact", "chosen") == 0 and wrong("foreign_exact", "rejected") == 1
+    assert .05 < wrong("foreign", "chosen") < wrong("foreign_poor", "chosen") - .1 and wrong("taught_poor", "chosen") > .05
+    assert wrong("taught_poor", "rejected") > wrong("taught_poor", "chosen") + .2
+
+
+def test_unrelated_pairs_have_the_chosen_answers_of_foreign_ones(world):
+    for i, row in enumerate(world["train", "foreign"]):
+        other = Scenes("train", 300, "unrelated")[i]
+        assert all(other[key] == row[key] for key in ("question", "chosen", "box")) and np.array_equal(other["mask"], row["mask"])
+        assert other["rejected"] != row["chosen"] and ("<think>" in other["rejected"]) == ("<think>" in row["chosen"])
+    # its rejected answers are about other pictures: they name objects that are not there about as often as chance has it
+    truth = lambda row: {(PLACES[cell], *found) for cell, found in read_picture(row).items()}
+    rows = [Scenes("train", 200, "unrelated")[i] for i in range(200)]
+    assert np.mean([bool(seen_in(row["rejected"]) & truth(row)) for row in rows]) < .1
+
+
+def test_the_large_world_is_what_its_text_says():
+    # boxes frame what is visible, at least half of each object is, colours are told apart, objects cross the borders of cells
+    row, rng, visible, crossed = Scenes("test", 1, "sft", world="large")[0], np.random.default_rng(1), [], 0
+    assert row["image"].size == (96, 96) and row["mask"].shape == (96, 96)
+    for _ in range(60):
+        scene = scenes.draw_scene(rng, "train", 5)
+        image, mask, boxes = scenes.draw_large(rng, scene)
+        pixels = np.array(image, float)
+        for cell, (shape, color) in scene.items():
+            own = mask == 1 + SHAPES.index(shape)
+            assert scenes.box_of(own) == boxes[cell]
+            mean = pixels[own].mean(0)
+            assert min(COLORS, key=lambda c: np.linalg.norm(mean / np.linalg.norm(mean) - np.array(COLORS[c]) / np.linalg.norm(COLORS[c]))) == color
+            x0, y0, x1, y1 = boxes[cell]
+            crossed += x0 // 32 != (x1 - 1) // 32 or y0 // 32 != (y1 - 1) // 32
+            visible.append(own.sum() / scenes.shape_mask(shape, *np.mgrid[-16:17, -16:17], 9).sum())
+    assert crossed > 30 and min(visible) > .45                                           # half of the smallest
+    found = Counter(len(scenes.draw_scene(rng, "train", 5)) for _ in range(300))
+    assert set(found) == {1, 2, 3, 4, 5}
+
+
 # ---- sources of rows ---------------------------------------------------------------------------------------------------------
 
 

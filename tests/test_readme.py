@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import eval_vqa
 import prepare
 import scenes
@@ -49,6 +50,80 @@ def test_speedrun_from_another_folder(tmp_path):
     assert made == {path: os.path.getmtime(path) for path in made}
     done = subprocess.run(command, cwd=tmp_path, env={**env, "STAGE1_STEPS": "4"}, capture_output=True, text=True)
     assert done.returncode == 1 and "other settings" in done.stderr                 # never a mixture of two studies
+
+
+STAND_IN = """#!/bin/sh
+# every stage: note the command, and leave what the next one looks for
+echo "$@" >> "$NOTED"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) mkdir -p "$2"; echo '{"drift_vision": 0.0421, "x": 1}' > "$2/log.jsonl" ;;
+    --write_pairs) echo '{}' > "$2" ;;
+  esac
+  shift
+done
+"""
+
+
+def commands_of(script, tmp_path, **settings):
+    """The commands that a shell script gives, in their order, run with a stand-in for python: [[script, flag, ...], ...]"""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin" / "python").write_text(STAND_IN)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NOTED": str(tmp_path / "noted"), **settings}
+    done = subprocess.run(["bash", os.path.join(ROOT, script)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [[os.path.basename(words[0]), *words[1:]] for words in map(shlex.split, (tmp_path / "noted").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("script, settings, n", [
+    ("speedrun.sh", {"ARMS": "all", "SEEDS": "0 1"}, 2 * 18 + 1), ("speedrun.sh", {"PAIRS": "own", "WORLD": "large"}, 12),
+    ("map.sh", {}, 3 + 3 * 5 * 2 + 3 + 4 + 3 + 3 + 8 + 1), ("map.sh", {"WIDE": "", "OWN": "", "BETAS": "", "SIZES": "", "STARTS": "9"}, 14),
+    ("sweep.sh", {"RATES": "1e-4 1e-3"}, 1 + 10 + 3 + 1), ("transplant.sh", {"SEEDS": "3"}, 23)])
+def test_the_studies_give_commands_that_the_scripts_know(script, settings, n, tmp_path):
+    found = commands_of(script, tmp_path, **settings)
+    assert len(found) == n
+    for name, *flags in found:
+        args = importlib.import_module(name.removesuffix(".py")).parser.parse_args(flags)
+        for source in [args.data] if isinstance(getattr(args, "data", None), str) else getattr(args, "data", None) or []:
+            assert source.endswith("own.jsonl") or data.load(source, "sft", 2)[0]["image"]  # the drawn world knows it
+    assert len({tuple(command) for command in found}) == n
+
+
+def test_the_arms_of_the_study_differ_in_what_they_say(tmp_path):
+    # the same start, seed, pairs and passes, but for what the name of the arm says
+    args = {}
+    for name, *flags in commands_of("speedrun.sh", tmp_path, ARMS="all", OUT="o", LR_SFT="2", LR_DPO="3", LR_DPO_SFT="4", LR_MPO="5", LR_GRPO="6"):
+        if name.startswith("train"):
+            parsed = vars(importlib.import_module(name.removesuffix(".py")).parser.parse_args(flags))
+            out = os.path.basename(parsed.pop("out"))
+            args[out] = {"script": name, **parsed}
+    differ = lambda a, b: {key: args[a].get(key) for key in args[a].keys() | args[b].keys() if args[a].get(key) != args[b].get(key)}
+    assert args["sft"]["init"] == args["dpo"]["init"] == "o/seed0/stage1" and args["sft"]["data"] == args["dpo"]["data"] == ["scenes/train/foreign"]
+    assert {k: args["sft"][k] for k in ("n", "epochs", "seed", "batch_size")} == {k: args["dpo"][k] for k in ("n", "epochs", "seed", "batch_size")}
+    assert differ("more", "sft") == {"data": ["scenes/train/sft"]} and differ("sft_long", "sft") == {"epochs": 4}
+    assert differ("sft_drift", "sft") == {"max_drift": .0421, "log_every": 1}               # where the DPO run's log ends
+    assert differ("unrelated", "dpo") == {"data": ["scenes/train/unrelated"]}
+    assert differ("dpo_sft", "dpo") == {"lr": 4.0, "sft_weight": .1}
+    assert differ("mpo", "dpo") == {"lr": 5.0, "dpo_weight": .8, "bco_weight": .2, "sft_weight": 1.0}
+    assert differ("warm", "sft") == {"lr_vision": 0.0, "seed": 2000}
+    assert differ("warm_sft", "sft") == differ("warm_dpo", "dpo") == {"init": "o/seed0/warm"}
+    assert differ("sft_grpo", "grpo") == {"init": "o/seed0/sft_half", "n": 10000} and differ("sft_half", "sft") == {"n": 2500}
+    assert args["grpo"]["lr"] == 6.0 and args["grpo"]["n"] == 20000 and args["dpo"]["lr"] == 3.0 and args["sft"]["lr"] == 2.0
+
+
+def test_the_diffs_of_readme_fit_the_files():
+    """Each ```diff block: its old lines stand in the file that was named last before it; with the new ones the file compiles"""
+    texts, seen, name, pieces = {}, 0, "", re.split(r"```diff\n(.*?)```", readme(), flags=re.S)
+    for before, diff in zip(pieces[::2], pieces[1::2]):
+        name = (re.findall(r"`(\w+\.py)`", before) or [name])[-1]
+        texts.setdefault(name, open(os.path.join(ROOT, name), encoding="utf-8").read())
+        old, new = ("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in " " + sign) for sign in "-+")
+        assert texts[name].count(old) == 1, f"{name} has not:\n{old}"
+        texts[name], seen = texts[name].replace(old, new), seen + 1
+    assert seen >= 3
+    for name, text in texts.items():
+        compile(text, name, "exec")
 
 
 def commands(section):

@@ -24,6 +24,27 @@ def test_t_intervals_hold_the_truth_as_often_as_they_say():
     assert .935 < t < .965 and .86 < bootstrap < .9
 
 
+def test_the_map_compares_each_condition_with_its_start(tmp_path, monkeypatch, capsys):
+    # two seeds, two starts; another beta has the SFT run of the foreign pairs
+    right = {"600": .7, "600.plain.sft": .8, "600.plain.dpo": .75, "1500": .9, "1500.foreign.sft": .3, "1500.foreign.dpo": .8, "1500.beta1.dpo": .85}
+    for seed in (0, 1):
+        for start in ("600", "1500"):
+            for file, less in (("vqa", 0), ("swap", .05)):
+                os.makedirs(tmp_path / f"seed{seed}" / f"{file}-{start}")
+                table = {run: {"vision-centric": {"decoded": [v / 2, 0, 1], "restricted": [v - less * ("." in run) + .02 * seed * run.endswith("dpo"), 0, 1]}}
+                         for run, v in right.items() if run.split(".")[0] == start}
+                (tmp_path / f"seed{seed}" / f"{file}-{start}" / "results.json").write_text(json.dumps({"table": table}))
+    monkeypatch.setattr(sys, "argv", ["grids.py", "map", str(tmp_path / "seed0"), str(tmp_path / "seed1"), "--out", str(tmp_path / "out")])
+    grids.main()
+    found = json.load(open(tmp_path / "out" / "report.json"))["map"]
+    assert list(found) == ["600.plain", "1500.foreign", "1500.beta1"]
+    assert found["600.plain"]["restricted"]["sft - start"]["per_seed"] == pytest.approx([.1, .1])
+    assert found["600.plain"]["swap"]["dpo - start"]["per_seed"] == pytest.approx([0, .02])
+    assert found["1500.beta1"]["restricted"]["dpo - sft"]["per_seed"] == pytest.approx([.55, .57])
+    assert found["1500.foreign"]["decoded"]["sft - start"]["mean"] == pytest.approx(-.3)
+    assert "+56.0 [+43.3, +68.7]" in capsys.readouterr().out and os.path.getsize(tmp_path / "out" / "report.png") > 10_000
+
+
 def sweep_folder(path, values):
     """What sweep.sh leaves, {run: (pairs, vision questions, drift)}, with numbers we know"""
     for file, at in (("pairs", 0), ("vqa", 1), ("swap", 1)):
