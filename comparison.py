@@ -95,7 +95,7 @@ def own_groups(lines):
     return found
 
 
-OWN_MEASURES = ("decoded", "restricted", "blind_score")
+OWN_MEASURES = ("decoded", "extracted", "restricted", "blind_score")
 
 
 def compare_own(questions, lines, seed):

@@ -11,11 +11,11 @@ What can the model answer? Greedy answers of one or several models to the same q
                                                                                     preference pairs from own samples
 
 *Decoded*: the text that the model writes is scored, on a benchmark by its makers' metric (metrics.py). *Restricted*:
-which of the given options has the highest log-probability? A model that has taken up another style of speaking fails
-the first and may pass the second, so that a change of style is not mistaken for a change of sight. Own data have both,
-benchmarks one: `--score logprob` takes the second where there are options, usually easier. *Blind* is the same with a
-grey picture (of own data the options alone): what the words of the question are worth. *Chance*, of benchmarks, is what
-guessing among the options is worth.
+which of the given options has the highest log-probability? *Extracted*, of own data: of a text that says "answer is",
+what follows. A model that has taken up another style of speaking fails the first and may pass the others, so that a
+change of style is not mistaken for a change of sight. Own data have all three, benchmarks one: `--score logprob` takes
+the second where there are options, usually easier. *Blind* is the same with a grey picture (of own data the options
+alone): what the words of the question are worth. *Chance*, of benchmarks, is what guessing among the options is worth.
 
 `--profile` says whose prompts and rules: "paper" those of Cambrian-1, with which PIVOT's tables were made, "lmms" those
 of lmms-eval. Numbers of different profiles cannot be compared.
@@ -182,7 +182,7 @@ class OwnQuestions:
     def __init__(self, source, n, seed, limit=None):
         self.benchmark = b.Benchmark(source, [], "", "", None, lambda row, said, _: (score(said, row["answer"]), said),
                                      "accuracy", tokens=48)
-        self.source, self.rows, self.records, self.dropped = source, data.load(source, "vqa", n, seed), [], []
+        self.source, self.rows, self.records, self.dropped = source, data.load(source, "score", n, seed), [], []
         for i in tqdm(range(len(self.rows)), desc=source, delay=5):
             try:
                 record = self.rows[i]
@@ -266,7 +266,8 @@ def answer(answerer, questions, records, args):
 
 
 def judge(record, line, read, profile):
-    """A record and what was answered -> both, and how right that is: "decoded" the text, "restricted" the option,
+    """A record and what was answered -> both, and how right that is: "decoded" the text, "extracted" what follows
+    "answer is" in it (all of it, if that is nowhere), "restricted" the option,
     "score" the one that counts, "blind_score" the same of the grey picture; None where there is none. "understood" is
     what was read out of the answer"""
     def one(text, choice):
@@ -275,9 +276,12 @@ def judge(record, line, read, profile):
         return decoded, restricted, understood
 
     decoded, restricted, understood = one(line["prediction"], line["choice"])
+    said = line["prediction"]
+    extracted = None if said is None else one(said.rpartition("answer is")[2], None)[0]
     blind_decoded, blind_restricted, blind_understood = one(line["blind_prediction"], line["blind_choice"])
     return {**{key: value for key, value in record.items() if key not in ("picture", "place")}, **line,
-            "decoded": decoded, "restricted": restricted, "score": restricted if decoded is None else decoded,
+            "decoded": decoded, "extracted": extracted, "restricted": restricted,
+            "score": restricted if decoded is None else decoded,
             "understood": understood, "blind_understood": blind_understood,
             "blind_score": blind_restricted if blind_decoded is None else blind_decoded}
 

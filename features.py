@@ -8,6 +8,7 @@ encoder's weights, its preprocessing and the pictures: the next probe finds it, 
 not, and an extraction that was killed goes on where it was.
 """
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -340,7 +341,7 @@ class Frozen:
             raise InputError(f"--through_connector has no --pool {what}: a connector passes patch tokens only")
         path = os.path.join(self.cache, common.digest(self.key, pictures.identity(), what) + ".npy")
         try:
-            if not os.path.exists(path):
+            if not parallel.most(os.path.exists(path)):                                 # all see it, or none
                 self.extract(pictures, what, path)
             return np.load(path, mmap_mode="r")
         except ValueError as error:
@@ -354,13 +355,16 @@ class Frozen:
         size = [side * patch for side in self.encoder.grid] if what == "patches" else None
         to_batch = partial(open_batch, pictures, partial(prepare, self.encoder.image_processor, size))
         first, end = (len(pictures) * r // parallel.WORLD for r in (parallel.RANK, parallel.RANK + 1))
-        part, done = path + ".part", first
+        part, done, begun = path + ".part", first, parallel.most(os.path.exists(path + ".part"))
         count = path + ".count" + f"{parallel.RANK}of{parallel.WORLD}" * (parallel.WORLD > 1)
         os.makedirs(self.cache, exist_ok=True)
-        if not os.path.exists(part):
+        if not begun:
             shape = (len(pictures), *self.read(sure(to_batch([0])).to(self.encoder.device), what).shape[1:])
             if 4 * np.prod(shape) > shutil.disk_usage(self.cache).free:
                 raise InputError(f"--cache {self.cache}: {4 * np.prod(shape) / 1e9:.1f} GB are needed and not free")
+            for old in glob.glob(glob.escape(path) + ".count*"):                        # of a part that is gone
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(old)
             empty = f"{part}.{os.getpid()}"
             np.lib.format.open_memmap(empty, "w+", np.float32, shape)
             with contextlib.suppress(FileExistsError):                                  # another process was faster:
@@ -369,6 +373,7 @@ class Frozen:
         elif os.path.exists(count):
             with open(count) as f:
                 done = int(f.read())
+        parallel.wait()
         array = np.load(part, mmap_mode="r+")                                           # two may fill it, with the same
         loader = DataLoader(range(done, end), self.batch_size, collate_fn=to_batch, num_workers=self.workers)
         saved = time.time()
@@ -387,8 +392,9 @@ class Frozen:
         parallel.wait()
         with contextlib.suppress(FileNotFoundError):                                    # another process was faster
             os.replace(part, path)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(count)
+        for old in glob.glob(glob.escape(path) + ".count*"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(old)
         parallel.wait()
 
 

@@ -8,6 +8,7 @@ Both write report.json, report.md and report.png into OUT (of a sweep: into its 
 """
 import argparse
 import os
+import re
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def read_sweep(folder):
     tables = {file: read_json(folder, file, "results.json")["table"] for file in ("pairs", "vqa", "swap")}
     values = {}
     for run in tables["vqa"]:
-        log = read_log(os.path.join(folder, run))
+        log = {} if run == "stage1" else read_log(os.path.join(folder, run))
         values[run] = {key: tables[file][run][group][measure][0]
                        for key, (_, file, group, measure) in COLUMNS.items() if file}
         values[run]["drift"] = 0.0 if run == "stage1" else float(log["drift_vision"][-1])
@@ -69,7 +70,7 @@ def report_sweep(folder, out):
     text = ["picked (<): " + ", ".join(f"LR_{arm.upper()}={run.partition('-')[2]}" for arm, run in best.items())]
 
     def draw(path):
-        figure, axes = canvas(2, len(COLUMNS) - 1, 3.4, 3.2)
+        figure, axes = canvas(2, 4, 3.4, 3.2)
         for axis, key in zip(axes[1], ("decoded", "restricted", "swap", "drift")):      # what is learnt, what it costs
             for arm, runs in arms.items():
                 x, y = ([100 * values[run][which] for run in runs] for which in ("pairs", key))
@@ -96,7 +97,6 @@ def report_sweep(folder, out):
     write(out, {"values": values, "picked": best},
           [("tuning split, %; < is the rate that is picked", ["", *(heading for heading, *_ in COLUMNS.values())],
             lines)], text, draw)
-
 
 
 # ---- the map ---------------------------------------------------------------------------------------------------------
@@ -128,10 +128,10 @@ def read_map(seed):
 def in_order(name):
     """Conditions by start, smaller ones first, wider models last; within a start as map.sh makes them"""
     start, _, condition = name.partition(".")
-    order = ("plain", "taught_poor", "foreign_exact", "foreign", "foreign_poor", "own")
-    number = float(condition.strip("betan")) if condition not in order else 0
-    return start.startswith("wide"), int(start.removeprefix("wide")), condition not in order, \
-        order.index(condition) if condition in order else condition.startswith("n"), number
+    order = ("plain", "taught_poor", "foreign_exact", "foreign", "foreign_poor", "own", "beta", "n")
+    kind, number = re.fullmatch(r"(beta|n|.*?)([\d.]*)", condition).groups()
+    return start.startswith("wide"), int(start.removeprefix("wide")), \
+        order.index(kind) if kind in order else len(order), float(number or 0), condition
 
 
 def report_map(seeds, out):
@@ -172,7 +172,7 @@ def main():
     args = parser.parse_args()
     if args.kind == "sweep":
         return report_sweep(args.folders[0], args.out or args.folders[0])
-    report_map(args.folders, args.out or os.path.dirname(args.folders[0]))
+    report_map(args.folders, args.out or os.path.dirname(os.path.abspath(args.folders[0])))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from sources import BadRow, Lines, expand, form_of, length, open_rows, sliced
 from trees import cut
 
 FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
+          "score": ("image", "question", "answer"),  # as "vqa", and pairs are welcome
           "pairs": ("image", "question", "chosen", "rejected"), "captions": ("image", "caption")}
 NOT_IN_FORM = (KeyError, IndexError, TypeError, AttributeError)  # how a row shows that it is not what its columns say
-STAND_INS = {"sft": ("chosen",), "vqa": ("chosen",),  # what will do for a kind's last field
+STAND_INS = {"sft": ("chosen",), "score": ("chosen",),  # what will do for a kind's last field
              "captions": ("text", "answer", "chosen")}
 
 

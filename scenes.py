@@ -33,9 +33,9 @@ SHORT_KINDS = ["color", "shape", "place"]  # each asks one attribute of one obje
 VISION_KINDS = SHORT_KINDS + ["relation", "count", "existence"]
 KNOWLEDGE_KINDS = ["sum", "corners", "mix"]
 PAIRS = {                                # task -> its style, and how often an object is misread in chosen and rejected
-    "foreign": ("foreign", .15, .45), "foreign_exact": ("foreign", 0, .45), "foreign_poor": ("foreign", .3, .6),
+    "foreign": ("foreign", .15, .45), "foreign_exact": ("foreign", 0, .45), "foreign_poor": ("foreign", .45, .6),
     "taught_poor": ("taught", .15, .45)}
-TASKS = ["sft", "vqa", "plain", "unrelated", "maps", "red", *PAIRS]
+TASKS = ["sft", "vqa", "plain", "other", "maps", "red", *PAIRS]
 CORNERS = {"circle": "zero", "square": "four", "triangle": "three",
            "diamond": "four", "cross": "twelve", "ring": "zero"}
 MIXES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("blue", "red"): "purple",
@@ -71,8 +71,8 @@ def box_of(inside):
 
 
 def draw_picture(rng, scene, noise=.05):
-    """Each shape in the middle of its cell, give or take a pixel. `noise`: twice its standard deviation, in full
-    brightnesses -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
+    """Each shape in the middle of its cell, or up to a pixel left of it and above. `noise`: twice its standard
+    deviation, in full brightnesses -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
     boxes {cell: (x0,y0,x1,y1) in pixels}"""
     image = np.full((SIZE, SIZE, 3), 40.0)
     mask, boxes = np.zeros((SIZE, SIZE), np.uint8), {}
@@ -222,7 +222,7 @@ def imperfect_pair(rng, scene, kind, cell, style="foreign", wrong_chosen=.15, wr
     """Two answers of a model that is not ours, perhaps in its own style, with its own errors: each object is misread
     with probability `wrong_chosen` in the better answer and `wrong_rejected` in the worse one, and misread in the same
     way where both are wrong (a chosen answer of a real preference set is imperfect too). Equal answers are drawn again,
-    so of one-object questions the worse answer is wrong in 82 % and the better in 18 %."""
+    so of one-object questions the worse answer is wrong in 82 % and the better in 18 % (0.45 and 0.6: 65 and 35 %)."""
     mentioned = list(scene) if kind == "describe" else [cell]
     say = {"foreign": foreign_style, "taught": taught_style}[style]
     chosen = rejected = None
@@ -244,10 +244,10 @@ class Scenes:
     (see `record` for its fields).
 
     task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), preference pairs: "foreign" and the other
-    PAIRS, "plain" (the truth against one error, as taught) or "unrelated" (chosen answers of "foreign" against those of
-    other pictures), "maps" (pairs of descriptions that differ in one object, with its box) or "red" (`label` = shape of
-    the red object, for a probe). `questions` rows in a row share a picture. world: "scenes", "noisy", the same under
-    heavy noise, or "large" (`draw_large`)."""
+    PAIRS, about the same pictures, "plain" (the truth against one error, as taught) or "other" (the chosen answers of
+    "foreign" against those to the same question about another picture), "maps" (pairs of descriptions that differ in one
+    object, with its box) or "red" (`label` = shape of the red object, for a probe). `questions` rows in a row share a
+    picture. world: "scenes", "noisy", the same under heavy noise, or "large" (`draw_large`)."""
 
     def __init__(self, split, n, task="sft", seed=0, questions=1, world="scenes"):
         if split not in SPLITS:
@@ -269,7 +269,7 @@ class Scenes:
     @functools.lru_cache(maxsize=4)  # the rows of a picture are mostly asked for together
     def about(self, picture):
         """All rows of one picture"""
-        pictures_of = "foreign" if self.task == "unrelated" else self.task
+        pictures_of = "foreign" if self.task in ("other", *PAIRS) else self.task
         rng = np.random.default_rng([self.seed, zlib.crc32(f"{self.split} {pictures_of}".encode()), picture])
         draw, most = WORLDS[self.world]
         scene = draw_scene(rng, self.split, most)
@@ -290,16 +290,18 @@ class Scenes:
         cell = int(rng.choice(list(scene)))
         if self.task == "red":  # colour and shape must be bound: no single feature gives it away
             return {"label": next(SHAPES.index(shape) for shape, color in scene.values() if color == "red")}
-        if self.task in (*PAIRS, "plain", "unrelated", "maps"):
+        if self.task in (*PAIRS, "plain", "other", "maps"):
             kind = "describe" if self.task == "maps" or rng.random() < .5 else str(rng.choice(SHORT_KINDS))
             question = "describe the picture." if kind == "describe" else short_question(scene, kind, cell)
             if self.task in PAIRS:
                 chosen, rejected = imperfect_pair(rng, scene, kind, cell, *PAIRS[self.task])
-            elif self.task == "unrelated":
+            elif self.task == "other":
                 chosen = rejected = imperfect_pair(rng, scene, kind, cell)[0]
-                while rejected == chosen:
+                while rejected == chosen:  # of a picture that the question fits as well, so that words tell nothing
                     other = draw_scene(rng, self.split, WORLDS[self.world][1])
-                    rejected = imperfect_pair(rng, other, kind, int(rng.choice(list(other))))[0]
+                    at = [c for c in other if kind != "describe" and short_question(other, kind, c) == question]
+                    if at or kind == "describe" and len(other) == len(scene):
+                        rejected = imperfect_pair(rng, other, kind, at[0] if at else None)[0]
             else:
                 wrong, moved = wrong_object(rng, scene, cell,
                                             "shape" if self.task == "maps" else None if kind == "describe" else kind)
@@ -414,7 +416,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/scenes.png",
                         help="a .png file for a contact sheet, or a folder for rows.jsonl and pictures")
-    parser.add_argument("--world", choices=WORLDS, default="scenes", 
+    parser.add_argument("--world", choices=WORLDS, default="scenes",
                         help="noisy: the same under heavy pixel noise; large: textured shapes, one before another")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which layouts")
     parser.add_argument("--task", choices=TASKS, default="sft", help="what to ask of them; see the class Scenes")

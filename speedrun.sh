@@ -17,16 +17,29 @@ N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3}
 N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 158 steps
 LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-3e-4} LR_DPO_SFT=${LR_DPO_SFT:-3e-4} LR_MPO=${LR_MPO:-1e-3}
 LR_GRPO=${LR_GRPO:-3e-4}
-[ "$ARMS" != all ] || ARMS="more sft sft_long sft_drift dpo dpo_sft mpo unrelated grpo sft_grpo warm warm_sft warm_dpo"
+MAIN=" more sft dpo dpo_sft mpo warm_sft warm_dpo grpo sft_grpo "
+CONTROLS=" sft_slow dpo_fast sft_long sft_drift other warm grpo_half "
+[ "$ARMS" != all ] || ARMS=$MAIN$CONTROLS
+for name in $ARMS; do
+  case $MAIN$CONTROLS in *" $name "*) ;; *) echo "ARMS: there is no $name, but$MAIN$CONTROLS" >&2; exit 1 ;; esac
+done
 model=(--vision tiny --llm tiny)
 [ "$WORLD" != large ] || model=(--vision tiny-96-8-256-6 --llm tiny-256-6 --lr 1e-3)
 
 settings="WORLD=$WORLD ARMS=$ARMS STAGE1_STEPS=$STAGE1_STEPS PAIRS=$PAIRS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS"
-settings+=" N_PAIRS=$N_PAIRS EPOCHS=$EPOCHS LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_DPO_SFT=$LR_DPO_SFT LR_MPO=$LR_MPO LR_GRPO=$LR_GRPO"
+settings+=" N_PAIRS=$N_PAIRS EPOCHS=$EPOCHS"
+settings+=" LR_SFT=$LR_SFT LR_DPO=$LR_DPO LR_DPO_SFT=$LR_DPO_SFT LR_MPO=$LR_MPO LR_GRPO=$LR_GRPO"
 source "$here/stages.sh"
 
+wanted() { case " $ARMS " in *" $1 "*) ;; *) return 1 ;; esac; }
+
 arm() {  # arm NAME SCRIPT FLAGS...: a stage, if it is one of ARMS
-  case " $ARMS " in *" $1 "*) local output=$run/$1; arms+=("$output"); shift; stage "$output" "$@" ;; esac
+  wanted "$1" || return 0
+  local output=$run/$1
+  arms+=("$output")
+  case $MAIN in *" $1 "*) probed+=("$output") ;; esac  # controls are asked, not probed
+  shift
+  stage "$output" "$@"
 }
 
 folders=()
@@ -43,7 +56,7 @@ for seed in $SEEDS; do
       --seed "$((seed + 500))" --samples 4 --write_pairs "$pairs"
   fi
   # rows that stage 1 has not seen, in one order for all arms
-  arms=("$run/stage1")
+  arms=("$run/stage1") probed=("$run/stage1")
   from=(--init "$run/stage1" --seed "$((seed + 1000))") all=(--n "$N_PAIRS" --epochs "$EPOCHS")
   sft=(train_sft.py "${from[@]}" "${all[@]}" --lr "$LR_SFT" --data "$pairs")
   dpo=(train_dpo.py "${from[@]}" "${all[@]}" --lr "$LR_DPO" --data "$pairs")
@@ -53,25 +66,32 @@ for seed in $SEEDS; do
   arm dpo_sft "${dpo[@]}" --lr "$LR_DPO_SFT" --sft_weight 0.1
   arm mpo     "${dpo[@]}" --lr "$LR_MPO" --dpo_weight 0.8 --bco_weight 0.2 --sft_weight 1
 
-  # is it that DPO reads twice the text? that it moves less? would any contrast do?
-  arm sft_long  "${sft[@]}" --epochs $((2 * EPOCHS))
-  arm sft_drift "${sft[@]}" --max_drift "$(drift_of "$run/dpo")" --log_every 1
-  arm unrelated "${dpo[@]}" --data "$WORLD/train/unrelated"
+  # is it the learning rate? that DPO reads twice the text? that it moves less? would any contrast do?
+  arm sft_slow "${sft[@]}" --lr "$LR_DPO"
+  arm dpo_fast "${dpo[@]}" --lr "$LR_SFT"
+  arm sft_long "${sft[@]}" --epochs $((2 * EPOCHS))
+  if wanted sft_drift; then
+    arm sft_drift "${sft[@]}" --max_drift "$(drift_of "$run/dpo")" --log_every 1
+  fi
+  arm other "${dpo[@]}" --data "$WORLD/train/other"
 
   # is it the shock of a new style? first only connector and LLM learn it, from other pairs; then both arms as above
-  arm warm     "${sft[@]}" --lr_vision 0 --seed "$((seed + 2000))"
+  arm warm "${sft[@]}" --lr_vision 0 --seed "$((seed + 2000))"
   arm warm_sft "${sft[@]}" --init "$run/warm"
   arm warm_dpo "${dpo[@]}" --init "$run/warm"
 
-  # GRPO gets questions of its own, four about each picture, and as many pictures as there are pairs; after SFT on half
-  # of the pairs half as many
+  # GRPO gets questions of its own, four about each picture, and as many pictures as there are pairs; or half as many,
+  # alone and after SFT on half of the pairs
   half=$((N_PAIRS / 2))
-  grpo=(train_grpo.py "${from[@]}" --batch_size 128 --lr "$LR_GRPO" --data "$WORLD/train/vqa/4" --n)
-  arm grpo "${grpo[@]}" "$((4 * N_PAIRS))"
-  case " $ARMS " in *" sft_grpo "*) stage "$run/sft_half" "${sft[@]}" --n "$half" ;; esac
-  arm sft_grpo "${grpo[@]}" "$((4 * half))" --init "$run/sft_half"
+  grpo=(train_grpo.py "${from[@]}" --batch_size 128 --lr "$LR_GRPO" --data "$WORLD/train/vqa/4" --n "$((4 * N_PAIRS))")
+  arm grpo "${grpo[@]}"
+  arm grpo_half "${grpo[@]}" --n "$((4 * half))"
+  if wanted sft_grpo; then
+    stage "$run/sft_half" "${sft[@]}" --n "$half"
+    arm sft_grpo "${grpo[@]}" --n "$((4 * half))" --init "$run/sft_half"
+  fi
 
-  stage "$run/probe" probe.py "${arms[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS" --world "$WORLD"
+  stage "$run/probe" probe.py "${probed[@]}" --seed "$seed" --n "$N_TEST" --seeds "$PROBE_SEEDS" --world "$WORLD"
   asked=("${arms[@]}" --resume --seed "$seed" --n "$N_TEST" --data "$WORLD/test/vqa")
   stage "$run/vqa"  eval_vqa.py "${asked[@]}"
   stage "$run/swap" eval_vqa.py "${asked[@]}" --reader "$run/stage1" --blind false

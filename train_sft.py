@@ -151,6 +151,7 @@ def main():
         if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
             run.bar.set_postfix(loss=f"{float(stats['loss']):.3f}")
             if args.max_drift and most(drift().get("drift_vision", 0.0)) >= args.max_drift:
+                print(f"stopped     after step {step}: the vision encoder has moved as far as --max_drift")
                 break
     run.finish()
 

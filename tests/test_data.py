@@ -290,15 +290,22 @@ def test_how_wrong_and_how_foreign_the_pairs_are():
     assert wrong("taught_poor", "rejected") > wrong("taught_poor", "chosen") + .2
 
 
-def test_unrelated_pairs_have_the_chosen_answers_of_foreign_ones(world):
+def test_pairs_of_other_pictures_have_the_chosen_answers_of_foreign_ones(world):
     for i, row in enumerate(world["train", "foreign"]):
-        other = Scenes("train", 300, "unrelated")[i]
+        other = Scenes("train", 300, "other")[i]
         assert all(other[key] == row[key] for key in ("question", "chosen", "box")) and np.array_equal(other["mask"], row["mask"])
         assert other["rejected"] != row["chosen"] and ("<think>" in other["rejected"]) == ("<think>" in row["chosen"])
     # its rejected answers are about other pictures: they name objects that are not there about as often as chance has it
     truth = lambda row: {(PLACES[cell], *found) for cell, found in read_picture(row).items()}
-    rows = [Scenes("train", 200, "unrelated")[i] for i in range(200)]
+    rows = [Scenes("train", 200, "other")[i] for i in range(200)]
     assert np.mean([bool(seen_in(row["rejected"]) & truth(row)) for row in rows]) < .1
+    # and the words alone do not betray them: as many objects, and each speaks of what was asked
+    for row in rows:
+        if row["kind"] == "describe":
+            assert len(seen_in(row["chosen"])) == len(seen_in(row["rejected"]))
+    asked = [(row, next(w for w in re.findall(r"\w+", row["question"]) if w in SHAPES or w in COLORS)) for row in rows if row["kind"] != "describe"]
+    named = {field: np.mean([word in row[field] for row, word in asked]) for field in ("chosen", "rejected")}
+    assert min(named.values()) > .9
 
 
 def test_the_large_world_is_what_its_text_says():

@@ -211,3 +211,12 @@ def test_every_flag_has_help(script):
 def test_help_reads_without_a_gpu_or_a_model():
     shown = importlib.import_module("train_dpo").parser.format_help()
     assert "--beta" in shown and "reference" in shown and "(default: 0.1)" in shown
+
+
+def test_the_lines_that_readme_quotes_stand_in_the_files():
+    pieces, name = re.split(r"```python\n(.*?)```", readme(), flags=re.S), ""
+    for before, quoted in zip(pieces[::2], pieces[1::2]):
+        name = (re.findall(r"`(\w+\.py)`", before) or [name])[-1]
+        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+            assert quoted in f.read(), f"{name} has not:\n{quoted}"
+    assert len(pieces) >= 5
