@@ -92,7 +92,8 @@ parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["drawn", "mi
 parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING,
                     help="default: all; TRL's only where it is installed")
 parser.add_argument("--recipes", action="store_true",
-                    help="instead of variants: run the training scripts for two steps each, and tell their peak memory")
+                    help="instead of variants: run the training scripts for two steps of 16 rows each (--pairs), and "
+                         "tell their peak memory")
 parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
 parser.add_argument("--steps", type=int, help="optimiser steps of a run, the first of which is not timed (default: the "
                                               "shape's own, 3 to 10)")
@@ -387,7 +388,7 @@ def measure(shape, variants, args, argv, device):
 def measure_recipes(shape, args, device):
     """-> one row a recipe: what its script says of its peak memory after two steps (the second has Adam's moments),
     above that of a process that has only imported everything"""
-    pairs, rows = args.pairs or SHAPES[shape][4], []
+    pairs, rows = args.pairs or 16, []
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(args.threads),
                    "MALLOC_MMAP_THRESHOLD_": "65536"}
     idle = 0.0 if device.type == "cuda" else float(subprocess.run(
@@ -414,6 +415,7 @@ def measure_recipes(shape, args, device):
                 peak = json.loads(f.readlines()[-1])["peak_mb"] - idle
             counts = re.findall(r"^\w+ +([\d,]+) parameters, +([\d,]+) trained", process.stdout, re.M)
             held, trained = (sum(int(pair[k].replace(",", "")) for pair in counts) for k in (0, 1))
+            held *= 2 if "reference live" in flags or script == "train_grpo.py" and "--kl 0" not in flags else 1
             rows.append({"recipe": name, "script": script, "flags": flags, "shape": shape, "rows_a_step": pairs,
                          "device": device_name(device, args), "parameters": held, "trained": trained, "peak_mb": peak,
                          "weights_mb": (4 * held + 12 * trained) / 2**20})
@@ -422,11 +424,17 @@ def measure_recipes(shape, args, device):
 
 def show_recipes(rows):
     common.print_table(
-        f"{rows[0]['shape']}: {rows[0]['parameters'] / 1e6:.0f} M parameters, {rows[0]['rows_a_step']} rows a step, "
+        f"{rows[0]['shape']}: {rows[0]['parameters'] / 1e6:.1f} M parameters, {rows[0]['rows_a_step']} rows a step, "
         f"four about each picture; {rows[0]['device']}",
-        ["recipe", "script", "flags", "million trained", "peak MB", "of which weights, gradients, moments"],
+        ["recipe", "script", "flags", "million trained", "peak MB", "of which weights, gradients, moments, reference"],
         [[row["recipe"], row["script"], row["flags"], f"{row['trained'] / 1e6:.1f}", f"{row['peak_mb']:.0f}",
           f"{row['weights_mb']:.0f}"] for row in rows])
+
+
+def write_json(path, rows):
+    with open(path + ".tmp", "w") as f:
+        json.dump(rows, f, indent=1)
+    os.replace(path + ".tmp", path)
 
 
 def device_name(device, args):
@@ -516,18 +524,15 @@ def main():
         for shape in args.shapes:
             rows += measure_recipes(shape, args, device)
             show_recipes([row for row in rows if row["shape"] == shape])
-        if args.json:
-            with open(args.json, "w") as f:
-                json.dump(rows, f, indent=1)
+            if args.json:
+                write_json(args.json, rows)
         return
     for shape in args.shapes:
         rows += measure(shape, variants, args, argv, device)
         show([row for row in rows if row["shape"] == shape], f"{shape}: times as fast as the peer, median [lowest, "
              f"highest] of {args.rounds} rounds; peak memory above the start of a step")
         if args.json:
-            with open(args.json + ".tmp", "w") as f:
-                json.dump(rows, f, indent=1)
-            os.replace(args.json + ".tmp", args.json)
+            write_json(args.json, rows)
     if args.plot:
         draw(rows, args.plot)
 

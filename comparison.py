@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import common
 import gallery
+from metrics import score
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -98,9 +99,17 @@ def own_groups(lines):
 OWN_MEASURES = ("decoded", "extracted", "restricted", "blind_score")
 
 
+def extracted(line):
+    """How right what follows the last "answer is" in an own answer is (all of it, if that is nowhere); None if no text
+    was written"""
+    said = line.get("prediction")
+    return None if said is None else score(said.rpartition("answer is")[2], line["answer"])
+
+
 def compare_own(questions, lines, seed):
     """-> {run: {group: what `estimate` gives}} """
     table = {run: {} for run in lines}
+    lines = {run: [{**row, "extracted": extracted(row)} for row in rows] for run, rows in lines.items()}
     for group, members in own_groups(next(iter(lines.values()))).items():
         part = {run: [rows[i] for i in members] for run, rows in lines.items()}
         for run, cell in estimate(questions.benchmark, part, OWN_MEASURES, seed).items():

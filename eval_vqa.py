@@ -266,8 +266,7 @@ def answer(answerer, questions, records, args):
 
 
 def judge(record, line, read, profile):
-    """A record and what was answered -> both, and how right that is: "decoded" the text, "extracted" what follows
-    "answer is" in it (all of it, if that is nowhere), "restricted" the option,
+    """A record and what was answered -> both, and how right that is: "decoded" the text, "restricted" the option,
     "score" the one that counts, "blind_score" the same of the grey picture; None where there is none. "understood" is
     what was read out of the answer"""
     def one(text, choice):
@@ -276,12 +275,9 @@ def judge(record, line, read, profile):
         return decoded, restricted, understood
 
     decoded, restricted, understood = one(line["prediction"], line["choice"])
-    said = line["prediction"]
-    extracted = None if said is None else one(said.rpartition("answer is")[2], None)[0]
     blind_decoded, blind_restricted, blind_understood = one(line["blind_prediction"], line["blind_choice"])
     return {**{key: value for key, value in record.items() if key not in ("picture", "place")}, **line,
-            "decoded": decoded, "extracted": extracted, "restricted": restricted,
-            "score": restricted if decoded is None else decoded,
+            "decoded": decoded, "restricted": restricted, "score": restricted if decoded is None else decoded,
             "understood": understood, "blind_understood": blind_understood,
             "blind_score": blind_restricted if blind_decoded is None else blind_decoded}
 

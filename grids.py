@@ -67,7 +67,10 @@ def report_sweep(folder, out):
     lines = [row("stage 1", "stage1")] + [
         row(f"{SWEPT[arm]} {run.partition('-')[2]}" + " <" * (run == best[arm]), run)
         for arm, runs in arms.items() for run in runs]
-    text = ["picked (<): " + ", ".join(f"LR_{arm.upper()}={run.partition('-')[2]}" for arm, run in best.items())]
+    rates = [f"LR_{arm.upper()}={run.partition('-')[2]}" for arm, run in best.items()]
+    text = ["picked (<): " + ", ".join(rates)]
+    with open(os.path.join(folder, "rates.sh"), "w") as f:
+        f.write(f"export {' '.join(rates)}\n")
 
     def draw(path):
         figure, axes = canvas(2, 4, 3.4, 3.2)

@@ -277,7 +277,8 @@ def opened_whole(loader, folder, **how):
 
 
 def check_sizes(path, shapes):
-    """Refuses a config that asks for more than its tensors (their shapes) can fill, before anything is made of it"""
+    """Refuses a config in which one size asks for more than its tensors (their shapes) can fill, before anything is
+    made of it"""
     def within(config, name, most):
         value = config.get(name)
         if isinstance(value, (int, float)) and value > most:
@@ -286,10 +287,10 @@ def check_sizes(path, shapes):
     widest = max((size for shape in shapes for size in shape), default=1)
     top = read_json(path)
     for config in [top, *(value for value in top.values() if isinstance(value, dict))]:
-        for name in ("vocab_size", "hidden_size", "intermediate_size"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                     "head_dim", "num_channels", "patch_size"):
             within(config, name, widest)
-        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            within(config, name, max(len(shapes), widest))
+        within(config, "num_hidden_layers", len(shapes))
         within(config, "image_size", 64 * widest)                               # a patch has less than 64 pixels a side
 
 

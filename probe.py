@@ -8,7 +8,7 @@ What does the vision encoder know? Detach it, freeze it, and ask it directly; se
                                                                                     folders with one folder a class
     python probe.py runs/stage1 runs/dpo --out runs/p --segmentation images masks --void 11
                                                                                     pictures and masks of equal names
-    torchrun --nproc_per_node=8 -- probe.py ...                                     the same, pictures read by all
+    torchrun --nproc_per_node=8 -- probe.py ...                                     the same, pictures shared out
 
 Probes 1 and 2 read `features`, the patch tokens at the layer that the LLM reads (or, with --through_connector, what the
 connector makes of them); 4 and 5 read every layer up to it; 3 takes gradients at image tokens and pixels.

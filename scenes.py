@@ -88,8 +88,8 @@ def draw_picture(rng, scene, noise=.05):
 
 
 def draw_large(rng, scene, size=96):
-    """The large world, for a GPU: shapes of 18 to 32 pixels with a texture and a light from one side, anywhere around
-    the middle of their cell and over its borders, one in front of another (half of each stays visible), on a cloudy
+    """The large world, for a GPU: shapes of 20 to 40 pixels with a texture and a light from one side, anywhere around
+    the middle of their cell and over its borders, some in front of others (half of each stays visible), on a cloudy
     ground -> as draw_picture, (96x96); boxes are around what is visible"""
     y, x = np.mgrid[:size, :size]
     clouds = Image.fromarray(rng.uniform(20, 90, (6, 6, 3)).astype(np.uint8)).resize((size, size), Image.BICUBIC)
@@ -97,8 +97,8 @@ def draw_large(rng, scene, size=96):
     for cell in rng.permutation(list(scene)).tolist():                  # from the back to the front
         shape, color = scene[cell]
         while True:
-            radius = rng.uniform(9, 16)
-            middle = (np.array(divmod(cell, SIDE)) + .5) * cell_size + rng.uniform(-10, 10, 2)
+            radius = rng.uniform(10, 20)
+            middle = (np.array(divmod(cell, SIDE)) + .5) * cell_size + rng.uniform(-14, 14, 2)
             dy, dx = (at - middle[axis].clip(radius, size - 1 - radius) for axis, at in enumerate((y, x)))
             inside = shape_mask(shape, dy, dx, radius)
             if all(((owner == other) & ~inside).sum() >= area / 2 for other, area in areas.items()):
@@ -245,9 +245,9 @@ class Scenes:
 
     task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), preference pairs: "foreign" and the other
     PAIRS, about the same pictures, "plain" (the truth against one error, as taught) or "other" (the chosen answers of
-    "foreign" against those to the same question about another picture), "maps" (pairs of descriptions that differ in one
-    object, with its box) or "red" (`label` = shape of the red object, for a probe). `questions` rows in a row share a
-    picture. world: "scenes", "noisy", the same under heavy noise, or "large" (`draw_large`)."""
+    "foreign" against those to the same question about another picture), "maps" (pairs of descriptions that differ in
+    one object, with its box) or "red" (`label` = shape of the red object, for a probe). `questions` rows in a row
+    share a picture. world: "scenes", "noisy", the same under heavy noise, or "large" (`draw_large`)."""
 
     def __init__(self, split, n, task="sft", seed=0, questions=1, world="scenes"):
         if split not in SPLITS:

@@ -7,8 +7,8 @@
 #   ARMS=all STAGE1_STEPS=1500 SEEDS="0 1 2 3 4" OUT=runs/study bash speedrun.sh         the numbers in README
 #   ARMS=all WORLD=large STAGE1_STEPS=20000 N_PAIRS=20000 OUT=runs/large bash speedrun.sh      for a GPU
 #
-# Learning rates were picked by sweep.sh. A stage whose output exists is not run again, and training goes on from its
-# last save: a stopped study goes on where it was.
+# Learning rates of the default world were picked by sweep.sh. A stage whose output exists is not run again, and
+# training goes on from its last save: a stopped study goes on where it was.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0} STAGE1_STEPS=${STAGE1_STEPS:-600} PAIRS=${PAIRS:-foreign} OUT=${OUT:-runs}

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Which learning rate for which arm? On a start and on rows of the tuning split that no result ever sees.
+# Which learning rate for which arm? From a start of its own, asked on layouts (the tuning split) that no result sees.
 #
 #   bash sweep.sh                             20 runs, half an hour of two CPU cores
 #
 # The arms that read pairs are all asked the same: is the chosen answer to a pair they have not met likelier than the
 # rejected one? The lowest rate within 2 points of the best is taken (GRPO reads no pairs: within 0.3 points of the best
-# mean reward in the second half of its training). The whole grid is printed, with what each rate costs elsewhere.
+# mean reward in the second half of its training). The whole grid is printed, with what each rate costs elsewhere, and
+# OUT/rates.sh sets the rates for the other scripts, whose defaults they are.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEED=${SEED:-100} STAGE1_STEPS=${STAGE1_STEPS:-1500} OUT=${OUT:-runs/sweep} N_TEST=${N_TEST:-1000}

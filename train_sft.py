@@ -119,6 +119,8 @@ def kept_layers(args):
 def main():
     args = parser.parse_args()
     common.check_out(args)
+    if args.max_drift is not None and args.max_drift <= 0:
+        raise InputError(f"--max_drift {args.max_drift} must be above 0; --lr_vision 0 keeps the encoder where it is")
     device, autocast = common.setup(args.seed, args.matmul)
 
     # ---- model and data

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import answerers
 import comparison
@@ -152,13 +153,15 @@ def study_folder(path, shift):
     cell = lambda arm, v: {m: {"value": [v, v, v]} for m in ("logistic top-1", "linear mIoU", "two-layer mIoU", "alignment stage1, read layer")} | \
         ({} if arm == "random" else {m: {"value": [v, v, v]} for m in ("area", "energy_chosen_tokens", "energy_difference_tokens",
                                                                        "point_chosen_tokens", "point_difference_tokens")})
-    vqa = lambda v: {g: {m: [v, v, v] for m in ("decoded", "restricted", "blind_score")} for g in ("vision-centric", "knowledge")}
+    vqa = lambda v: {g: {m: [v, v, v] for m in ("decoded", "extracted", "restricted", "blind_score")} for g in ("vision-centric", "knowledge")}
     json.dump({"table": {a: cell(a, v) for a, v in arms.items()}}, open(os.path.join(path, "probe", "results.json"), "w"))
     for name in ("vqa", "swap"):
         json.dump({"table": {a: vqa(v) for a, v in arms.items() if a != "random"}}, open(os.path.join(path, name, "results.json"), "w"))
-    for arm in ("stage1", "more", "sft", "dpo", "grpo", "sft_grpo"):
-        os.makedirs(os.path.join(path, arm), exist_ok=True)
-        json.dump({"flops": 1e12}, open(os.path.join(path, arm, "config.json"), "w"))
+    for n, (arm, parent) in enumerate({"stage1": None, "more": "stage1", "sft": "stage1", "dpo": "stage1", "grpo": "stage1", "sft_half": "stage1",
+                                       "sft_grpo": "sft_half"}.items()):
+        os.makedirs(os.path.join(path, arm, "vision"))
+        save_file({"w": torch.full((4,), 2.0 + n)}, os.path.join(path, arm, "vision", "model.safetensors"))
+        json.dump({"flops": n * 1e12, "parent": parent and os.path.join(path, parent)}, open(os.path.join(path, arm, "config.json"), "w"))
         with open(os.path.join(path, arm, "log.jsonl"), "w") as f:
             f.writelines(json.dumps({"step": s, "seconds": s, "loss": 1, "accuracy": .5, "reward": .5, "drift_vision": .1, "drift_llm": .1}) + "\n"
                          for s in range(3))
@@ -179,4 +182,28 @@ def test_report_pairs_seeds_and_claims_nothing_from_one(tmp_path, monkeypatch, c
     half = 4.303 * np.std([.1, .12, .2], ddof=1) / 3**.5                            # t interval with two degrees of freedom
     assert "60 % as taught, and 35 % if half" in capsys.readouterr().out
     assert d["low"] == pytest.approx(.14 - half) and d["high"] == pytest.approx(.14 + half)
+    found = json.load(open(tmp_path / "three" / "report.json"))                     # from stage 1, whatever was between
+    assert found["flops"]["sft_grpo"] == 11e12 and found["flops"]["dpo"] == 3e12
+    assert {arm: row["mean"] for arm, row in found["rows"]["drift"].items()} == \
+        pytest.approx({"stage1": 0, "more": .5, "sft": 1, "dpo": 1.5, "grpo": 2, "sft_grpo": 3})
     assert os.path.getsize(tmp_path / "three" / "report.png") > 10_000
+
+
+@pytest.mark.parametrize("said, decoded, extracted", [
+    ("red", 1, 1), ("Red.", 1, 1), ("blue", 0, 0), ("<think> i see a ring that is blue. </think> so the answer is red.", 0, 1),
+    ("the answer is blue. no, the answer is red", 0, 1), ("the answer is red. no, the answer is blue", 0, 0), ("so the answer is", 0, 0), ("", 0, 0)])
+def test_an_answer_is_read_out_of_any_style(said, decoded, extracted):
+    questions = eval_vqa.OwnQuestions("scenes/test/vqa", 3, 0)
+    record = {**questions.records[0], "answer": "red", "gold": "red"}
+    line = {"prediction": said, "choice": "red", "blind_prediction": None, "blind_choice": None}
+    cell = comparison.compare_own(questions, {"run": [eval_vqa.judge(record, line, questions.benchmark.read, "paper")]}, 0)["run"]["all"]
+    assert (cell["decoded"][0], cell["extracted"][0], cell["restricted"][0]) == (decoded, extracted, 1)
+
+
+def test_of_a_pair_the_options_are_its_two_answers():
+    # is chosen likelier than rejected? and a pair is not mistaken for a question with an answer where it is trained on
+    pairs, world = eval_vqa.OwnQuestions("scenes/tune/foreign", 5, 3), scenes.Scenes("tune", 5, "foreign", 3)
+    for record, row in zip(pairs.records, (world[i] for i in range(5)), strict=True):
+        assert list(record["options"]) == [row["chosen"], row["rejected"]] and record["gold"] == row["chosen"] and "pair" not in record
+    with pytest.raises(ValueError, match="no column 'answer'"):
+        data.load("scenes/tune/foreign", "vqa")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -77,9 +78,9 @@ def commands_of(script, tmp_path, **settings):
 
 
 @pytest.mark.parametrize("script, settings, n", [
-    ("speedrun.sh", {"ARMS": "all", "SEEDS": "0 1"}, 2 * 18 + 1), ("speedrun.sh", {"PAIRS": "own", "WORLD": "large"}, 12),
+    ("speedrun.sh", {"ARMS": "all", "SEEDS": "0 1"}, 2 * 21 + 1), ("speedrun.sh", {"PAIRS": "own", "WORLD": "large"}, 12),
     ("map.sh", {}, 3 + 3 * 5 * 2 + 3 + 4 + 3 + 3 + 8 + 1), ("map.sh", {"WIDE": "", "OWN": "", "BETAS": "", "SIZES": "", "STARTS": "9"}, 14),
-    ("sweep.sh", {"RATES": "1e-4 1e-3"}, 1 + 10 + 3 + 1), ("transplant.sh", {"SEEDS": "3"}, 23)])
+    ("sweep.sh", {"RATES": "1e-4 1e-3"}, 1 + 10 + 3 + 1)])
 def test_the_studies_give_commands_that_the_scripts_know(script, settings, n, tmp_path):
     found = commands_of(script, tmp_path, **settings)
     assert len(found) == n
@@ -103,17 +104,17 @@ def test_the_arms_of_the_study_differ_in_what_they_say(tmp_path):
     assert {k: args["sft"][k] for k in ("n", "epochs", "seed", "batch_size")} == {k: args["dpo"][k] for k in ("n", "epochs", "seed", "batch_size")}
     assert differ("more", "sft") == {"data": ["scenes/train/sft"]} and differ("sft_long", "sft") == {"epochs": 4}
     assert differ("sft_drift", "sft") == {"max_drift": .0421, "log_every": 1}               # where the DPO run's log ends
-    assert differ("unrelated", "dpo") == {"data": ["scenes/train/unrelated"]}
+    assert differ("other", "dpo") == {"data": ["scenes/train/other"]} and differ("sft_slow", "sft") == {"lr": 3.0} and differ("dpo_fast", "dpo") == {"lr": 2.0}
     assert differ("dpo_sft", "dpo") == {"lr": 4.0, "sft_weight": .1}
     assert differ("mpo", "dpo") == {"lr": 5.0, "dpo_weight": .8, "bco_weight": .2, "sft_weight": 1.0}
     assert differ("warm", "sft") == {"lr_vision": 0.0, "seed": 2000}
     assert differ("warm_sft", "sft") == differ("warm_dpo", "dpo") == {"init": "o/seed0/warm"}
-    assert differ("sft_grpo", "grpo") == {"init": "o/seed0/sft_half", "n": 10000} and differ("sft_half", "sft") == {"n": 2500}
+    assert differ("sft_grpo", "grpo_half") == {"init": "o/seed0/sft_half"} and differ("grpo_half", "grpo") == {"n": 10000} and differ("sft_half", "sft") == {"n": 2500}
     assert args["grpo"]["lr"] == 6.0 and args["grpo"]["n"] == 20000 and args["dpo"]["lr"] == 3.0 and args["sft"]["lr"] == 2.0
 
 
-def test_the_diffs_of_readme_fit_the_files():
-    """Each ```diff block: its old lines stand in the file that was named last before it; with the new ones the file compiles"""
+def test_the_diffs_of_readme_fit_the_files(start_run, tmp_path, monkeypatch):
+    """Each ```diff block: its old lines stand in the file that was named last before it; with the new ones the file runs for a step"""
     texts, seen, name, pieces = {}, 0, "", re.split(r"```diff\n(.*?)```", readme(), flags=re.S)
     for before, diff in zip(pieces[::2], pieces[1::2]):
         name = (re.findall(r"`(\w+\.py)`", before) or [name])[-1]
@@ -122,8 +123,14 @@ def test_the_diffs_of_readme_fit_the_files():
         assert texts[name].count(old) == 1, f"{name} has not:\n{old}"
         texts[name], seen = texts[name].replace(old, new), seen + 1
     assert seen >= 3
+    monkeypatch.chdir(tmp_path)
     for name, text in texts.items():
-        compile(text, name, "exec")
+        patched = types.ModuleType(name)
+        exec(compile(text, name, "exec"), vars(patched))
+        monkeypatch.setattr("sys.argv", [name, "--init", start_run, "--data", "scenes/train/foreign", "--n", "4", "--epochs", "1", "--compile", "false",
+                                         "--out", f"{name}.run"])
+        patched.main()
+        assert json.loads(open(f"{name}.run/log.jsonl").readline())["loss"] > 0
 
 
 def commands(section):

@@ -570,3 +570,15 @@ def test_a_process_that_lost_another_says_so(monkeypatch):
     monkeypatch.setattr(common.parallel, "WORLD", 2)
     with pytest.raises(SystemExit, match="^error: process 0 of 2 lost another one, whose own message is above"):
         common.cli(main)
+
+
+def test_max_drift_stops_a_run_where_its_encoder_has_moved_so_far(train, capsys):
+    # the same steps as without, up to the first that has gone far enough; and a run directory like any other
+    full = train("sft", "--epochs", 3, out="full")[1]
+    limit = (full[1]["drift_vision"] + full[2]["drift_vision"]) / 2
+    run, lines = train("sft", "--epochs", 3, "--max_drift", limit, out="stopped")
+    kept = lambda line: {key: value for key, value in line.items() if key not in ("seconds", "peak_mb")}
+    assert len(full) > 3 and list(map(kept, lines)) == list(map(kept, full[:3])) and "stopped     after step 2" in capsys.readouterr().out
+    assert MLLM.load(run).n_image and json.load(open(os.path.join(run, "config.json")))["flops"] > 0
+    with pytest.raises(InputError, match="--max_drift 0.0 must be above 0"):
+        train("sft", "--max_drift", 0, out="none")
