@@ -12,8 +12,8 @@ from einops import rearrange
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
 import features
+import parallel
 from model import opened
 
 K = 10  # neighbours that alignment looks at
@@ -109,6 +109,6 @@ def layer_drift(start, state, n_layers):
     for name in start:
         number = re.search(r"layers?\.(\d+)\.", name)
         groups.setdefault(int(number[1]) + 1 if number else 0, []).append(name)
-    norm = lambda tensors: float(common.global_norm(tensors))
+    norm = lambda tensors: float(parallel.global_norm(tensors))
     return [norm(state[name].cpu() - start[name] for name in groups[i]) / norm(start[name] for name in groups[i])
             for i in range(n_layers + 1)]

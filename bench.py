@@ -49,6 +49,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import checkpoints
 import common
 import data
 import scenes
@@ -253,10 +254,10 @@ def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
                       "grad_norm": float(norm), "reference_seconds": reference_seconds[i]})
     if not memory:
         return steps, {}
-    with FlopCounterMode(display=False, custom_mapping=common.COUNTED) as flops:  # a further step, as counting costs
+    with FlopCounterMode(display=False, custom_mapping=checkpoints.COUNTED) as flops:  # a further step: it costs
         step(batch, remembered[i])
     total = flops.get_total_flops()
-    with FlopCounterMode(display=False, custom_mapping=common.COUNTED) as flops, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=checkpoints.COUNTED) as flops, torch.no_grad():
         model.image_tokens(batch.pixels)
     vision = (3 + live) * flops.get_total_flops()                               # backward is twice a forward pass
     head = (4 + live) * 2 * len(batch.targets) * model.llm.get_output_embeddings().weight.numel()   # logits made twice

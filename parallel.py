@@ -160,3 +160,13 @@ def split(tensor, like):
     tensor = tensor.to(like.device, copy=True)
     return distribute_tensor(tensor, like.device_mesh, like.placements) \
         if isinstance(like, DTensor) and tensor.shape == like.shape else tensor
+
+
+def global_norm(tensors, sharded=False):
+    """Euclidean norm of many tensors as one vector, () fp32; `sharded`: each process has its part of them, as it has of
+    DTensors"""
+    tensors = list(tensors)
+    if not tensors:
+        return torch.tensor(0.0)
+    square = torch.stack([local(t.detach()).float().square().sum() for t in tensors]).sum()
+    return (total(square) if sharded or isinstance(tensors[0], DTensor) else square).sqrt()

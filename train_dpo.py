@@ -30,9 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import checkpoints
 import common
 import data
 import parallel
+import training
 from model import MLLM, InputError
 from parallel import total
 
@@ -53,7 +55,7 @@ parser.add_argument("--sft_weight", type=float, default=0.0,
 parser.add_argument("--reference", choices=("remembered", "live"), default="remembered",
                     help="remembered: the reference's log-probs are computed once, kept in INIT.reference/ and found "
                          "there by later runs; live: a second model in memory computes them at every step")
-common.add_training_flags(parser, lr=1e-3, epochs=3, batch_size=64)
+training.add_training_flags(parser, lr=1e-3, epochs=3, batch_size=64)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
@@ -168,7 +170,7 @@ class Reference:
 
 def main():
     args = parser.parse_args()
-    common.check_out(args)
+    checkpoints.check_out(args)
     if args.shard and args.reference == "live":
         raise InputError("--shard: use --reference remembered, which needs no second model")
     if args.stream and args.reference == "remembered":
@@ -180,13 +182,13 @@ def main():
     (rows, steps), micro_batch = data.plan(args, "pairs"), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
     model.to(device).train()
-    optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
+    optimizer = training.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run = common.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
-    drift = common.Drift(model)
+    run = checkpoints.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
+    drift = training.Drift(model)
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
     if args.reference == "remembered":
         reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}",

@@ -38,10 +38,12 @@ from collections import Counter, defaultdict
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import common
 import data
 import parallel
 import rewards
+import training
 from model import MLLM, Chat, InputError
 from parallel import gather, total
 from sampling import sample_groups
@@ -74,7 +76,7 @@ parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL div
 parser.add_argument("--kl_target", type=float,
                     help="change that weight as it goes, so that the divergence comes to this many nats a token "
                          "(VLAA-Thinker: --kl 1e-3 --kl_target 5e-4)")
-common.add_training_flags(parser, lr=1e-3, epochs=1, batch_size=32)
+training.add_training_flags(parser, lr=1e-3, epochs=1, batch_size=32)
 
 
 def advantages(scores, normalise=True):
@@ -172,7 +174,7 @@ def as_batch(model, trees, groups):
 
 def main():
     args = parser.parse_args()
-    common.check_out(args)
+    checkpoints.check_out(args)
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         raise InputError("--temperature must be above 0, --top_p above 0 and at most 1")
     if args.kl_target and not args.kl:
@@ -189,15 +191,15 @@ def main():
     micro_batch = args.micro_batch or args.batch_size
     model.to(device).train()
     reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None      # whole in every process
-    optimizer = common.Optimizer(model, args, len(steps) * args.updates)
+    optimizer = training.Optimizer(model, args, len(steps) * args.updates)
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
     judge = Judge(args, device)
-    run = common.Run(args, model, optimizer, steps, args.updates, parent=args.init, data=args.data,
+    run = checkpoints.Run(args, model, optimizer, steps, args.updates, parent=args.init, data=args.data,
                      rows=rows.identity())
-    drift = common.Drift(model)
+    drift = training.Drift(model)
 
     # ---- train
     carried, since = run.restore(kl_weight=args.kl, judged=[]), time.time()    # judged: groups since the last line

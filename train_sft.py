@@ -26,9 +26,11 @@ import tempfile
 
 import torch
 
+import checkpoints
 import common
 import data
 import scenes
+import training
 from model import MLLM, InputError, read_tensors
 from parallel import most, total
 
@@ -62,7 +64,7 @@ parser.add_argument("--keep_layers", type=int, choices=(1, 2),
 parser.add_argument("--max_drift", type=float,
                     help="stop once the vision encoder has moved so far, |w - w0| / |w0| (looked at every --log_every "
                          "steps): a control that moves as far as another arm did")
-common.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
+training.add_training_flags(parser, lr=4e-3, epochs=1, batch_size=64)
 
 
 def start(args):
@@ -118,7 +120,7 @@ def kept_layers(args):
 
 def main():
     args = parser.parse_args()
-    common.check_out(args)
+    checkpoints.check_out(args)
     if args.max_drift is not None and args.max_drift <= 0:
         raise InputError(f"--max_drift {args.max_drift} must be above 0; --lr_vision 0 keeps the encoder where it is")
     device, autocast = common.setup(args.seed, args.matmul)
@@ -128,13 +130,13 @@ def main():
     (rows, steps), micro_batch = data.plan(args, "sft"), args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("answer",), args.max_length)
     model.to(device).train()
-    optimizer = common.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
+    optimizer = training.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     if args.grad_checkpoint:
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    run = common.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
-    drift = common.Drift(model)
+    run = checkpoints.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
+    drift = training.Drift(model)
     print(f"example     {data.show(model, collator)}\n")
 
     # ---- train

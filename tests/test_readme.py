@@ -199,14 +199,14 @@ def test_every_benchmark_is_in_the_readme():
 
 def test_files_and_flags_of_readme_exist():
     text = readme()
-    code = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in [*SCRIPTS, "common.py"])
+    code = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in [*SCRIPTS, "training.py"])
     for name in set(re.findall(r"`(\w+\.(?:py|sh|md|txt))`", text)):
         assert os.path.exists(os.path.join(ROOT, name)), f"README names {name}"
     for flag in set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) - {"nproc_per_node"}:  # torchrun's own
         assert f'"--{flag}"' in code, f"README uses --{flag}"
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "common.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "training.py"])
 def test_every_flag_has_help(script):
     """Each flag that a script declares carries a help text"""
     with open(os.path.join(ROOT, script), encoding="utf-8") as f:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import common
 import data
 import scenes
@@ -128,13 +129,13 @@ def test_what_is_remembered_is_the_start(world, dpo, start):
 @pytest.mark.parametrize("reference, n_models", [("remembered", 1), ("live", 2)])
 def test_one_model_in_memory(reference, n_models, dpo, monkeypatch):
     # counted at every step among all objects alive
-    counts, step = [], common.Run.step
+    counts, step = [], checkpoints.Run.step
     others = {id(x) for x in gc.get_objects() if type(x) is MLLM}  # of other tests
 
     def counting_step(*args):
         counts.append(sum(type(x) is MLLM and id(x) not in others for x in gc.get_objects()))
         return step(*args)
-    monkeypatch.setattr(common.Run, "step", counting_step)
+    monkeypatch.setattr(checkpoints.Run, "step", counting_step)
     gc.collect()
     dpo("--reference", reference)
     assert counts == [n_models] * 3

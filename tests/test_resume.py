@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import common
 import data
 import rewards
@@ -27,6 +28,7 @@ import scenes
 import train_dpo
 import train_grpo
 import train_sft
+import training
 from model import MLLM
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "grpo": train_grpo}
@@ -86,9 +88,9 @@ def argv(start_run, jsonl, tmp_path_factory):
 
 def launch(argv, act={}):
     """Runs a script as its user does; before the optimiser's step number k, act[k](optimizer) is called"""
-    real = common.Optimizer.step
+    real = training.Optimizer.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Optimizer, "step", lambda self, step: (act.get(step, id)(self), real(self, step))[1])
+        patch.setattr(training.Optimizer, "step", lambda self, step: (act.get(step, id)(self), real(self, step))[1])
         patch.setitem(rewards.KINDS, "exact", lambda said, record: sum(letter < "n" for letter in said) / max(1, len(said)))  # noise can earn it
         patch.setattr("sys.argv", argv)
         common.cli(SCRIPTS[argv[0].removeprefix("train_").removesuffix(".py")].main)
@@ -208,11 +210,11 @@ def test_every_generator_goes_on(tmp_path):
     # Python's, numpy's and torch's, through files; the normal numbers that come in pairs too
     draw = lambda: (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(2).tolist(), torch.randn(1).tolist())
     random.gauss(0, 1), np.random.randn(), torch.randn(1)
-    numbers, tensors = common.random_state()
+    numbers, tensors = checkpoints.random_state()
     save_file(tensors, tmp_path / "tensors")
     numbers, expected = json.dumps(numbers), draw()
     assert draw() != expected
-    common.set_random_state(json.loads(numbers), load_file(tmp_path / "tensors"))
+    checkpoints.set_random_state(json.loads(numbers), load_file(tmp_path / "tensors"))
     assert draw() == expected
 
 

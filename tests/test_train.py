@@ -17,6 +17,7 @@ import model as model_file
 import scenes
 import train_dpo
 import train_sft
+import training
 from model import MLLM, InputError
 from train_dpo import dpo_loss
 
@@ -100,7 +101,7 @@ def tiny(make):
 def test_the_schedule_is_the_formula(make):
     # linear warm-up to the peak of each part, then half a cosine towards zero
     model, args = tiny(make)
-    optimizer, total, warmup = common.Optimizer(model, args, 12), 12, 3
+    optimizer, total, warmup = training.Optimizer(model, args, 12), 12, 3
     for step in range(total):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -116,7 +117,7 @@ def test_the_schedule_is_the_formula(make):
 def test_clipping_and_gradient_norms(make):
     # norms are reported before clipping, each part's and the whole; the update sees a gradient of norm `clip`
     model, args = tiny(make)
-    optimizer = common.Optimizer(model, args, 4)
+    optimizer = training.Optimizer(model, args, 4)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -135,7 +136,7 @@ def test_muon_takes_the_matrices_inside_the_layers(llm, make):
     # every trained parameter is in exactly one optimiser; embeddings, the LM head (tied or not), vectors and convolutions stay with AdamW
     model, args = make(llm=llm), tiny(make)[1]
     args.optimizer = "muon"
-    adamw, muon = ([id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in common.Optimizer(model, args, 4).optimizers)
+    adamw, muon = ([id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in training.Optimizer(model, args, 4).optimizers)
     assert sorted(adamw + muon) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     names = {id(p): name for name, p in model.named_parameters()}
     assert all(names[p].startswith("connector") or "layers." in names[p] for p in muon)
@@ -145,7 +146,7 @@ def test_muon_takes_the_matrices_inside_the_layers(llm, make):
 def test_drift_is_the_relative_distance(make):
     # |w - w0| / |w0| of each part: 0 at the start, exact for a known move, independent of later changes
     model = make()
-    drift = common.Drift(model)
+    drift = training.Drift(model)
     assert drift() == {"drift_vision": 0.0, "drift_connector": 0.0, "drift_llm": 0.0}
     start = {name: torch.cat([p.detach().flatten() for p in part.parameters()]).clone() for name, part in model.parts().items()}
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-import common
+import checkpoints
 import report
 import train_sft
 from model import MLLM, Connector, InputError
@@ -112,7 +112,7 @@ def test_transplanted_encoder_is_frozen_and_read_at_its_own_layer(make, llm_dirs
 def test_flops_are_those_of_the_second_step_times_the_steps_taken(start_run, tmp_path):
     # a matrix product by hand: 2 m n k forward, twice that backward (the input has a gradient too)
     args = train_sft.parser.parse_args(["--out", str(tmp_path / "out")])
-    run, layer = common.Run(args, MLLM.load(start_run), None, range(5)), nn.Linear(30, 20, bias=False)
+    run, layer = checkpoints.Run(args, MLLM.load(start_run), None, range(5)), nn.Linear(30, 20, bias=False)
     for step, sizes in enumerate(((11,), (7, 3), (13,))):
         for m in run.count_flops(step, sizes):
             assert bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack()) == (step == 1)  # elsewhere nothing is in the way
