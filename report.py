@@ -254,17 +254,16 @@ def draw(path, result, seeds, text):
 
     curves = {arm: read_log(os.path.join(seeds[0], arm)) for arm in arms if arm not in ("random", "stage1")}
     panels = {"loss": "loss of the SFT arms, nats a token", "accuracy": "pair accuracy in training",
-              "reward": "mean reward of the samples", "drift_vision": "drift of the encoder, |w - w0| / |w0|"}
+              "reward": "mean reward of the samples", "drift_vision": "drift of the encoder from the run's start"}
     for i, (key, title) in enumerate(panels.items()):
         axis = figure.add_subplot(grid[2, 15 * i:15 * i + 12])
         for arm, log in curves.items():
             if key in log and not (key == "loss" and ("accuracy" in log or "reward" in log)):
-                axis.plot(log["step"], log[key], color=colors[arm], linewidth=1, label=ARMS[arm],
+                axis.plot(log["step"], log[key], color=colors[arm], linewidth=1,
                           linestyle="--" if arm.startswith("warm") else "-")
-        axis.set_title(f"{title} ({os.path.basename(seeds[0].rstrip('/'))})", fontsize=9)
+        axis.set_title(f"{title}\n({os.path.basename(seeds[0].rstrip('/'))}; colours as above, dashed: after warm-up)",
+                       fontsize=8)
         axis.set_xlabel("step", fontsize=8)
-        if axis.lines:
-            axis.legend(fontsize=5.5, framealpha=.5)
     axis = figure.add_subplot(grid[3, :])
     axis.imshow(plt.imread(os.path.join(seeds[0], "probe", "maps_stage1.png")))
     axis.axis("off")
