@@ -509,7 +509,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=200, **FUZZ)
+@settings(max_examples=120, **FUZZ)
 @given(st.lists(ROW, min_size=1, max_size=3).map(lambda rows: [json.dumps(row).encode() for row in rows]) | LINES,
     st.sampled_from([*rows_file.FIELDS]))
 def test_any_lines_are_records_or_refused(place, shared_model, lines, kind):
@@ -539,7 +539,7 @@ DAMAGE = st.one_of(st.tuples(st.just("flip"), st.integers(0, 2**20), st.integers
                        | st.sampled_from(["", "x", [], {}, True, [1], "\n", "nan"])))
 
 
-@settings(max_examples=200, **FUZZ)
+@settings(max_examples=120, **FUZZ)
 @given(st.sampled_from(FILES_OF_RUN), st.lists(DAMAGE, min_size=1, max_size=2))
 def test_a_damaged_run_directory_loads_or_is_refused(start_run, place, name, damage):
     # flipped, cut and inserted bytes, other values: of weights only the header, as any number is a weight
