@@ -40,10 +40,12 @@ CONTRASTS = {  # a - b: what it asks
     ("dpo", "stage1"): "does DPO gain or harm?", ("grpo", "stage1"): "does GRPO gain or harm?",
     ("more", "stage1"): "would training on do it?", ("dpo", "sft_slow"): "is it the rate? both at the lower",
     ("dpo_fast", "sft"): "is it the rate? both at the higher", ("dpo", "sft_long"): "is it DPO's longer text?",
-    ("dpo", "sft_drift"): "is it that DPO moves less?", ("dpo", "other"): "would any contrast do?",
-    ("warm_sft", "sft"): "is SFT's harm the shock of a new style?",
+    ("dpo", "sft_drift"): "is it that DPO moves less? SFT stopped early",
+    ("dpo_fast", "sft_slow"): "is it that DPO moves less? much the same drift",
+    ("dpo", "other"): "would any contrast do?", ("warm_sft", "sft"): "is SFT's harm the shock of a new style?",
+    ("warm_sft", "sft_long"): "or is it the second half of the steps?",
     ("warm_sft", "warm"): "does SFT harm after the shock?", ("warm_dpo", "warm_sft"): "DPO or SFT after the shock?",
-    ("dpo_sft", "dpo"): "what does an SFT term add?", ("mpo", "dpo"): "what does MPO add? (another rate, too)",
+    ("dpo_sft", "dpo"): "what does an SFT term add?", ("mpo", "dpo_fast"): "what does MPO add? at one rate",
     ("grpo_half", "sft_grpo"): "does SFT before GRPO hurt?"}
 MEASURES = {  # key -> (heading, file, path inside its table)
     "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
@@ -178,7 +180,7 @@ def sentences(result, n_seeds):
         spread = "one seed" if n_seeds == 1 else f"means of {n_seeds} seeds"
         text.append(f"Vision questions answered as taught: {at('decoded', 'stage1')} after stage 1, "
                     f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO on the same pairs; "
-                    f"in whatever style (what follows \"answer is\"): {at('extracted', 'stage1')}, "
+                    f"reading what follows \"answer is\": {at('extracted', 'stage1')}, "
                     f"{at('extracted', 'sft')} and {at('extracted', 'dpo')} ({spread}). Read by stage 1's connector "
                     f"and LLM, its own encoder is worth {at('swap', 'stage1')} of them, the encoder of SFT "
                     f"{at('swap', 'sft')}, of DPO {at('swap', 'dpo')}.")
