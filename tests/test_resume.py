@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -284,7 +285,7 @@ def test_half_a_save_is_no_save_and_not_in_the_run(argv, whole, out, monkeypatch
 def test_a_save_that_cannot_be_written(what, step, argv, whole, out, monkeypatch):
     # one line, the save before is untouched and goes on to the same end, what is half written is no save
     full, last, before = "No space left on device (os error 28)", f"{out}.tmp/step-{step - 1}", {}
-    place, name, error = {"model": (MLLM, "write", OSError(28, full)), "moments": (common, "save_file", SafetensorError(full)),
+    place, name, error = {"model": (MLLM, "write", OSError(28, full)), "moments": (checkpoints, "save_file", SafetensorError(full)),
                           "tokenizer": (type(MLLM.load(argv("sft", out)[2]).tokenizer), "save_pretrained", Exception(full))}[what]  # tokenizers' own
     said = stopped(argv("sft", out, "--keep", 2), {step: lambda _: (before.update(files(last)), monkeypatch.setattr(place, name, raising(error)))})
     monkeypatch.undo()
@@ -414,7 +415,7 @@ def test_what_appeared_at_out_meanwhile_is_not_replaced(argv, out):
     ("x row 1: its picture cannot be read: /data/7.png (broken data stream)", "its picture cannot be read"),
     ("x row 1: 'image' is a int, must be a path or a picture", "'image' is a int, must be a path or a picture")])
 def test_a_reason_has_no_names_and_no_numbers(why, expected):
-    assert common.reason(why) == expected and common.reasons(common.Counter({"late": 1, expected: 3})) == f"3 x {expected}, 1 x late"
+    assert common.reason(why) == expected and common.reasons(Counter({"late": 1, expected: 3})) == f"3 x {expected}, 1 x late"
 
 
 def test_a_finished_run_says_what_it_left_out(argv, out, capsys):
