@@ -125,10 +125,11 @@ def test_the_diffs_of_readme_fit_the_files(start_run, tmp_path, monkeypatch):
         texts[name], seen = texts[name].replace(old, new), seen + 1
     assert seen >= 3
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(start_run, "start")                                             # DPO remembers its reference beside it
     for name, text in texts.items():
         patched = types.ModuleType(name)
         exec(compile(text, name, "exec"), vars(patched))
-        monkeypatch.setattr("sys.argv", [name, "--init", start_run, "--data", "scenes/train/foreign", "--n", "4", "--epochs", "1", "--compile", "false",
+        monkeypatch.setattr("sys.argv", [name, "--init", "start", "--data", "scenes/train/foreign", "--n", "4", "--epochs", "1", "--compile", "false",
                                          "--out", f"{name}.run"])
         patched.main()
         assert json.loads(open(f"{name}.run/log.jsonl").readline())["loss"] > 0

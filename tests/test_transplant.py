@@ -184,7 +184,6 @@ def test_transplant_report_is_paired_within_a_seed(tmp_path, capsys):
 def test_dpo_starts_at_zero_to_the_last_bit_while_operations_are_counted(start_run, tmp_path, monkeypatch):
     # compiled, as users run it: counting sets compiled code aside, and must not do so where reference and policy are still equal
     import train_dpo
-    torch._dynamo.reset()                                                           # what earlier tests compiled counts towards a limit
     monkeypatch.setattr("sys.argv", ["train_dpo.py", "--init", str(start_run), "--n", "8", "--batch_size", "4", "--epochs", "1", "--log_every", "1",
                                      "--out", str(tmp_path / "dpo")])
     train_dpo.main()
