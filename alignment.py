@@ -28,7 +28,7 @@ def text_features(source, texts, device, autocast, batch_size=32):
     found = []
     for at in tqdm(range(0, len(texts), batch_size), desc=f"{source} texts"):
         ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts[at:at + batch_size]]
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)            # behind, where no token looks
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)            # on the right: never attended
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).to(device)
         with autocast():
             states = llm(padded, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -79,8 +79,7 @@ def alignment(vision, text, n_shuffles=20):
 
 @torch.no_grad()
 def sample_layers(frozen, pictures, n_rows=4096, seed=0):
-    """Patch tokens after each block at the same random places of the same pictures, for every encoder of one grid
-    -> (L,n_rows,D)"""
+    """Patch tokens after each block, at the same random patches for every encoder with the same grid -> (L,n_rows,D)"""
     encoder, rng, found = frozen.encoder, np.random.default_rng(seed), []
     N = encoder.grid[0] * encoder.grid[1]
     n = min(len(pictures), 512)

@@ -3,6 +3,7 @@ Who answers: a run of ours, or any image-text-to-text model of transformers. Bot
 
     generate(images, questions, max_new_tokens) -> texts        greedy
     option_logps(images, questions, options) -> lists           log-probability of each option, with the turn's end
+                                                                (without it "red" would always beat "red ring")
 
 and a run can say where in a picture the gradient of its answer lies.
 """
@@ -58,7 +59,7 @@ class Run:
                 raise InputError(f"--reader {reader} reads features of another shape than {run} has")
             for part in ("connector", "llm", "tokenizer", "chat"):
                 setattr(self.model, part, getattr(other, part))
-        self.model.to(device).eval()  # weights keep requires_grad: autocast remembers its casts of no others
+        self.model.to(device).eval()  # requires_grad stays on: autocast keeps bf16 copies of such weights only
         self.generate = self.model.generate
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class Run:
         trees = [[(chat.question_ids(question), list(map(chat.response_ids, texts)))]
                  for question, texts in zip(questions, options, strict=True)]
         batch = pack(trunks, trees, model.pixels(pictures), chat.pad_id).to(model.device)
-        logps = iter(batch.per_response(model.response_logps(batch)).tolist())
+        logps = iter(batch.per_response(model.token_logps(batch)).tolist())
         return [[next(logps) for _ in texts] for texts in options]
 
     def map(self, image, question, answer):
@@ -146,4 +147,3 @@ class HubModel:
             logps = logits[:, prompt.shape[1] - 1:-1].float().log_softmax(-1)               # (O,longest,V)
             scores.append((logps.gather(-1, tail[..., None]).squeeze(-1) * real).sum(-1).tolist())
         return scores
-

@@ -218,7 +218,7 @@ def answer_map(model, picture, question, answer):
     batch = pack([chat.trunk_ids(model.n_image)], [[(chat.question_ids(question), [chat.response_ids(answer)])]],
                  model.pixels([picture]), chat.pad_id).to(model.device)
     tokens = model.image_tokens(batch.pixels).requires_grad_()                              # (1,N,D)
-    gradient, = torch.autograd.grad(model.response_logps(batch, tokens).sum(), tokens)
+    gradient, = torch.autograd.grad(model.token_logps(batch, tokens).sum(), tokens)
     grid = [side // model.pool for side in model.grid]
     return reduce(gradient.float().abs(), "1 n d -> n", "sum").reshape(grid).cpu().numpy()
 

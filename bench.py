@@ -27,8 +27,8 @@ Each variant runs in a process of its own, in rounds, so that a busy machine is 
 within its round. Every variant must give the same losses and gradient norms: policy and reference have different
 weights, as at equal weights any broken variant has the loss log 2; samplers must say the same where they are greedy.
 Peak memory is measured in another run (on a CPU through /proc: Linux only), above what was held at the start of a step
-(weights, Adam's moments, a live reference), which is told beside it. FLOPs are those of a step, without the reference
-pass where its log-probs are numbers.
+(weights, Adam's moments, a live reference), which is printed as "held MB". FLOPs are those of a step, without the
+reference pass where its log-probs are numbers.
 """
 import argparse
 import importlib.metadata
@@ -84,7 +84,7 @@ RECIPES = {  # what is trained -> script and flags
     "DPO": ("train_dpo.py", ""), "DPO, one picture at a time": ("train_dpo.py", "--micro_batch 4"),
     "DPO, and recomputing": ("train_dpo.py", "--micro_batch 4 --grad_checkpoint"),
     "DPO, live reference": ("train_dpo.py", "--micro_batch 4 --reference live"),
-    "GRPO": ("train_grpo.py", "--micro_batch 4 --group 8"), "GRPO, no KL": ("train_grpo.py", "--micro_batch 4 --kl 0")}
+    "GRPO": ("train_grpo.py", "--micro_batch 4"), "GRPO, no KL": ("train_grpo.py", "--micro_batch 4 --kl 0")}
 LR = 1e-5
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the cards' data sheets
 
@@ -94,8 +94,8 @@ parser.add_argument("--variants", nargs="+", choices=DPO + SFT + SAMPLING,
                     help="default: all; TRL's only where it is installed")
 parser.add_argument("--recipes", action="store_true",
                     help="instead of variants: run the training scripts for two steps of 16 rows each (--pairs), and "
-                         "tell their peak memory")
-parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
+                         "report their peak memory")
+parser.add_argument("--rounds", type=int, default=3, help="timed runs of every variant")
 parser.add_argument("--steps", type=int, help="optimiser steps of a run, the first of which is not timed (default: the "
                                               "shape's own, 3 to 10)")
 parser.add_argument("--pairs", type=int, help="pairs a step, a multiple of 4 (default: the shape's own, 4 to 16)")
@@ -142,8 +142,7 @@ def make_records(shape, n):
     """n preference pairs, QUESTIONS about each picture in a row"""
     vision, llm, question, response = SHAPES[shape][:4]
     if shape == "drawn":
-        world = scenes.Scenes("train", n, "foreign", 0, QUESTIONS)
-        return [world[i] for i in range(n)]
+        return list(scenes.Scenes("train", n, "foreign", 0, QUESTIONS))
     rng, size = random.Random(0), vision["image_size"]
     pictures = [Image.frombytes("RGB", (size, size), rng.randbytes(3 * size**2)) for _ in range(-(-n // QUESTIONS))]
     text = lambda bounds: "".join(rng.choice("0123456789") for _ in range(rng.randint(*bounds)))  # a token a digit
@@ -216,17 +215,17 @@ def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
         model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0, fused=True)
     batches = [layout(model, records[at:at + pairs], variant).to(device) for at in range(0, len(records), pairs)]
 
     @torch.no_grad()
     def reference(batch):
         with autocast():
-            return batch.per_response(frozen.response_logps(batch))
+            return batch.per_response(frozen.token_logps(batch))
 
     def step(batch, remembered):
         with autocast():
-            logps = model.response_logps(batch)
+            logps = model.token_logps(batch)                                    # (M,)
         if variant in SFT:
             loss = -logps.mean()
         else:
@@ -257,9 +256,12 @@ def our_steps(variant, folder, records, pairs, args, device, autocast, memory):
     with FlopCounterMode(display=False, custom_mapping=checkpoints.COUNTED) as flops:  # a further step: it costs
         step(batch, remembered[i])
     total = flops.get_total_flops()
-    with FlopCounterMode(display=False, custom_mapping=checkpoints.COUNTED) as flops, torch.no_grad():
-        model.image_tokens(batch.pixels)
-    vision = (3 + live) * flops.get_total_flops()                               # backward is twice a forward pass
+    with FlopCounterMode(display=False, custom_mapping=checkpoints.COUNTED) as flops:
+        model.image_tokens(batch.pixels).sum().backward()
+        if live:
+            with torch.no_grad():
+                model.image_tokens(batch.pixels)
+    vision = flops.get_total_flops()
     head = (4 + live) * 2 * len(batch.targets) * model.llm.get_output_embeddings().weight.numel()   # logits made twice
     return steps, {"vision": vision / pairs, "llm": (total - vision - head) / pairs, "head": head / pairs}
 
@@ -432,12 +434,6 @@ def show_recipes(rows):
           f"{row['weights_mb']:.0f}"] for row in rows])
 
 
-def write_json(path, rows):
-    with open(path + ".tmp", "w") as f:
-        json.dump(rows, f, indent=1)
-    os.replace(path + ".tmp", path)
-
-
 def device_name(device, args):
     """"NVIDIA H200", "cpu, 1 thread(s)" """
     return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {args.threads} thread(s)"
@@ -466,9 +462,7 @@ def show(rows, title):
 
 def draw(rows, path):
     """For each shape what a pair costs in FLOPs, part by part, and how much faster than the peer each variant is"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import plt
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, axes = plt.subplots(len(shapes), 2, figsize=(11, .5 + 2.6 * len(shapes)), squeeze=False)
     for (left, right), shape in zip(axes, shapes):
@@ -521,19 +515,21 @@ def main():
             *(["--steps", str(args.steps)] if args.steps else []),
             *(["--grad_checkpoint"] if args.grad_checkpoint else [])]
     rows = []
+    if args.recipes and (args.variants or args.plot or args.steps or args.grad_checkpoint):
+        raise InputError("--recipes has its own: leave --variants, --plot, --steps and --grad_checkpoint out")
     if args.recipes:
         for shape in args.shapes:
             rows += measure_recipes(shape, args, device)
             show_recipes([row for row in rows if row["shape"] == shape])
             if args.json:
-                write_json(args.json, rows)
+                common.write_json(args.json, rows)
         return
     for shape in args.shapes:
         rows += measure(shape, variants, args, argv, device)
         show([row for row in rows if row["shape"] == shape], f"{shape}: times as fast as the peer, median [lowest, "
              f"highest] of {args.rounds} rounds; peak memory above the start of a step")
         if args.json:
-            write_json(args.json, rows)
+            common.write_json(args.json, rows)
     if args.plot:
         draw(rows, args.plot)
 

@@ -68,13 +68,8 @@ def listed(options):
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
-def is_there(text):
-    """Missing texts are None, empty or the string "nan" """
-    return text not in (None, "", "nan")
-
-
 def mmbench(row, profile):
-    options, hint = metrics.mmbench_options(row), row["hint"] if is_there(row["hint"]) else ""
+    options, hint = metrics.mmbench_options(row), row["hint"] if metrics.is_there(row["hint"]) else ""
     if profile == "paper":
         text = f"{hint}\n" * bool(hint) + f"{row['question']} Options:\n{listed(options)}\n{LETTER}"
     else:
@@ -117,7 +112,7 @@ def vqav2(row, profile):
 def scienceqa(row, profile):
     if not row["image"]:
         raise Skip("without a picture")
-    options, hint = lettered(row["choices"]), row["hint"] if is_there(row["hint"]) else ""
+    options, hint = lettered(row["choices"]), row["hint"] if metrics.is_there(row["hint"]) else ""
     if profile == "paper":
         text = f"{hint} {row['question']}".strip() + f"\n{listed(options)}\n" \
                "Please answer directly with only the letter of the correct option and nothing else."
@@ -358,7 +353,7 @@ def mme_rule(right, rows):
 
 
 def f1_rule(right, rows):
-    """2 TP of 2 TP + FP + FN; a gold no that was not answered at all is neither"""
+    """2 TP / (2 TP + FP + FN). An answer that was not understood is neither FP nor FN, as in lmms-eval"""
     part = whole = 0.0
     for r, row in zip(right, rows):
         is_yes, answered = row["gold"] == "yes", row.get("understood", "") is not None

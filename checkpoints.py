@@ -173,7 +173,7 @@ class Run:
             return
         self.saved, (numbers, tensors) = step, random_state()
         tensors |= self.optimizer.state()
-        with parallel.together(self.model):
+        with parallel.full_weights_on_rank0(self.model):
             if not parallel.RANK:
                 self.write_save(step, numbers, tensors)
         parallel.wait()
@@ -225,7 +225,7 @@ class Run:
         if not saves:
             return self.carried
         for name, parameter in MLLM.load(saves[-1]).named_parameters():
-            parameters[name].data.copy_(parallel.split(parameter.data, parameters[name]))
+            parameters[name].data.copy_(parallel.shard_like(parameter.data, parameters[name]))
         try:
             state = read_json(os.path.join(saves[-1], "train_state", "state.json"))
             tensors = load_file(os.path.join(saves[-1], "train_state", "tensors.safetensors"))
@@ -249,21 +249,20 @@ class Run:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def loop(self, batches, nothing):
-        """`data.batches` from step `first` on -> for every step its number and its batches, and as often `nothing` as
-        another process has more of them; steps without any are skipped. Rows that cannot be used are named and counted.
-        Saves when it is time to, or when asked to stop."""
+        """Yields the number and the usable micro-batches of each of `data.batches`, from step `first` on. A process
+        that has fewer than another gets `nothing` instead, as all must take part in every exchange; steps without any
+        are skipped. Rows that cannot be used are named and counted. Saves when it is time to, or when asked to stop."""
         name = os.path.basename(sys.argv[0]).removeprefix("train_").removesuffix(".py")
-        with stop_signals() as stop, tqdm(total=len(self.steps), initial=self.first, desc=name,
-                                          disable=parallel.RANK > 0) as self.bar:
+        with stop_signals() as stop, tqdm(total=len(self.steps), initial=self.first, desc=name) as self.bar:
             for step, parts in enumerate(batches, self.first):
                 dropped, usable = [why for _, each in parts for why in each], [batch for batch, _ in parts if batch]
-                n = parallel.total({"usable": len(usable), "dropped": len(dropped)})
+                n = parallel.all_sum({"usable": len(usable), "dropped": len(dropped)})
                 if n["dropped"]:
                     self.drop(parallel.gather(dropped))
                 if n["usable"]:
-                    yield step, usable + [nothing] * (parallel.most(len(usable)) - len(usable))
+                    yield step, usable + [nothing] * (parallel.all_max(len(usable)) - len(usable))
                 self.bar.update()
-                stopped = parallel.total(len(stop))
+                stopped = parallel.all_sum(len(stop))
                 if stopped or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
                     self.save(step + 1)
                 if stopped:
@@ -291,28 +290,28 @@ class Run:
         """Takes the values of a step: () tensors, which stay on their device, as reading one makes the CPU wait for it.
 
         They are read every --log_every steps and at the last, and then the step's line is logged with what `more()`
-        adds. -> was it logged?"""
+        adds. -> what was logged, or None"""
         self.n_trained += 1
         watched = {name: torch.as_tensor(value) for name, value in values.items() if name.startswith(("loss", "grad"))}
         self.unread.append((step, list(watched), torch.stack([value.float() for value in watched.values()])))
         if step % self.args.log_every and step != self.total_steps - 1:
-            return False
+            return None
         self.check()
         values = {**values, **more()}
         if not parallel.RANK:
             self.log(step, {**values, "dropped": self.dropped.total()})
-        return True
+        return values
 
     def count_flops(self, step, batches):
         """Passes on the micro-batches of a step, and counts the floating-point operations of the loop around it, once:
         counting costs time. It also sets compiled code aside, so it is not done in the first step, where DPO's rewards
         are 0 to the last bit, but in the second."""
-        if self.step_flops is not None or step == 0 < self.total_steps - 1:
+        if self.step_flops is not None or (step == 0 and self.total_steps > 1):
             yield from batches
             return
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as flops:
             yield from batches
-        self.step_flops = parallel.total(flops.get_total_flops())
+        self.step_flops = parallel.all_sum(flops.get_total_flops())
 
     def check(self):
         """Stops the run at the first loss or gradient that is not a number: nothing after it could be right."""
@@ -338,7 +337,7 @@ class Run:
         self.check()
         if not self.n_trained:
             raise SystemExit(f"--data {' '.join(self.settings['args']['data'])}: not one row could be used")
-        with parallel.together(self.model):
+        with parallel.full_weights_on_rank0(self.model):
             if not parallel.RANK:
                 self.write()
         parallel.wait()

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -130,6 +131,13 @@ def whole_folder(out):
         raise
 
 
+def write_json(path, value):
+    """Writes a file, whole or not at all"""
+    with open(f"{path}.{os.getpid()}.tmp", "w") as f:
+        json.dump(value, f, indent=1)
+    os.replace(f.name, path)
+
+
 def names(runs):
     """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
     last = [os.path.basename(run.rstrip("/")) for run in runs]
@@ -145,6 +153,11 @@ def bootstrap(statistic, n, seed, draws=1000):
     the same seed gives the same resamples, so differences are paired"""
     rng = np.random.default_rng(seed)
     return np.array([statistic(rng.integers(0, n, n)) for _ in range(draws)])
+
+
+def interval(value, draws):
+    """-> [value, low, high], the middle 95 % of the draws"""
+    return [float(value), *np.quantile(draws, [.025, .975]).tolist()]
 
 
 def percent(interval, sign=False):

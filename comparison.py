@@ -17,9 +17,12 @@ from metrics import score
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def sums(benchmark, lines, values):
-    """Rows and how right each is -> parts and wholes, both (clusters, strata): the number is the mean over strata of
-    sum of parts / sum of wholes. A cluster is what a bootstrap draws: a picture, or a unit that has several."""
+def cluster_sums(benchmark, lines, values):
+    """Rows and how right each is -> parts, wholes, both (clusters, strata).
+
+    The score is the mean over strata of parts.sum(0) / wholes.sum(0): for plain accuracy there is one stratum, parts
+    are right answers and wholes are rows. A bootstrap draws clusters: pictures, or the benchmark's units (a rotated
+    question, a pair), which may have several pictures."""
     units, cells = defaultdict(list), defaultdict(lambda: [0.0, 0.0])
     for line, value in zip(lines, values):
         if line["stratum"] is not None:
@@ -37,26 +40,21 @@ def sums(benchmark, lines, values):
     return parts, wholes
 
 
-def number(parts, wholes, rows=slice(None)):
-    """The number of some clusters, all by default"""
-    part, whole = parts[rows].sum(0), wholes[rows].sum(0)
+def score_of(parts, wholes, clusters=slice(None)):
+    """The score of some clusters, all by default"""
+    part, whole = parts[clusters].sum(0), wholes[clusters].sum(0)
     return (part[whole > 0] / whole[whole > 0]).mean() if whole.any() else 0.0
 
 
-def numbers(parts, wholes, seed):
-    """-> the number, and that of 1000 resamples of clusters"""
-    return number(parts, wholes), common.bootstrap(lambda rows: number(parts, wholes, rows), len(parts), seed)
-
-
-def interval(value, draws):
-    """-> [value, low, high], the middle 95 % of the draws"""
-    return [float(value), *np.quantile(draws, [.025, .975]).tolist()]
+def score_and_draws(parts, wholes, seed):
+    """-> the score, and the scores of 1000 resamples of clusters"""
+    return score_of(parts, wholes), common.bootstrap(lambda drawn: score_of(parts, wholes, drawn), len(parts), seed)
 
 
 def chance(benchmark, lines):
     """What guessing among the options is worth, by the benchmark's own rule"""
     guess = [1 / len(line["options"]) if line["options"] else 0.0 for line in lines]
-    return float(number(*sums(benchmark, [{**line, "understood": ""} for line in lines], guess)))
+    return float(score_of(*cluster_sums(benchmark, [{**line, "understood": ""} for line in lines], guess)))
 
 
 def estimate(benchmark, lines, measures, seed):
@@ -72,9 +70,10 @@ def estimate(benchmark, lines, measures, seed):
                 continue
             if measure == "blind_score":
                 usable = [{**row, "understood": row["blind_understood"]} for row in usable]
-            drawn[run, measure] = numbers(*sums(benchmark, usable, [row[measure] for row in usable]), seed)
-            table[run][measure], table[run][f"n_{measure}"] = interval(*drawn[run, measure]), len(usable)
-            table[run][measure + "_vs_first"] = interval(*(
+            drawn[run, measure] = score_and_draws(*cluster_sums(
+                benchmark, usable, [row[measure] for row in usable]), seed)
+            table[run][measure], table[run][f"n_{measure}"] = common.interval(*drawn[run, measure]), len(usable)
+            table[run][measure + "_vs_first"] = common.interval(*(
                 mine - its for mine, its in zip(drawn[run, measure], drawn[first, measure])))
         changes = flips(lines[first], rows)
         table[run] |= {"gained": changes.count(1), "lost": changes.count(-1)}
@@ -82,7 +81,7 @@ def estimate(benchmark, lines, measures, seed):
 
 
 def flips(first, rows):
-    """For each row 1 if it is right unlike the first run's, -1 if it is wrong unlike it, else 0"""
+    """For each row 1 if it is right where the first run is wrong, -1 if wrong where that is right, else 0"""
     return [int(row["score"] >= 0.5) - int(other["score"] >= 0.5) for other, row in zip(first, rows, strict=True)]
 
 
@@ -100,10 +99,10 @@ OWN_MEASURES = ("decoded", "extracted", "restricted", "blind_score")
 
 
 def extracted(line):
-    """How right what follows the last "answer is" in an own answer is (all of it, if that is nowhere); None if no text
-    was written"""
+    """The score of what follows the last "answer is" of an answer to own data (the whole answer, if it does not say
+    that); None if no text was written"""
     said = line.get("prediction")
-    return None if said is None else score(said.rpartition("answer is")[2], line["answer"])
+    return None if said is None else score(said.lower().rpartition("answer is")[2].lstrip(": "), line["answer"])
 
 
 def compare_own(questions, lines, seed):
@@ -179,7 +178,7 @@ def benchmark_tables(table, sets, groups, args):
     """The same of benchmarks: a head for each of them, and for each average"""
     first, titles = next(iter(table)), [questions.benchmark.title for questions in sets.values()]
     rows, means = table[first].values(), {run: averages(table[run], groups) for run in table}
-    blank, number = [""] * len(means[first]), lambda row, measure: shown(row[measure], row["scale"])
+    blank, cell = [""] * len(means[first]), lambda row, measure: shown(row[measure], row["scale"])
     title = f"profile {args.profile} [95 % interval over pictures, or what counts together]"
     if args.limit:
         title += f"; about {args.limit} random rows of each, seed {args.seed}"
@@ -190,10 +189,10 @@ def benchmark_tables(table, sets, groups, args):
              ["rows", *(str(row["n"]) for row in rows), *blank],
              ["chance", *(f"{row['chance'] * row['scale']:.1f}" if row["chance"] else "" for row in rows), *blank]]
     for run, cells in table.items():
-        lines.append([run, *(number(row, "score") for row in cells.values()),
+        lines.append([run, *(cell(row, "score") for row in cells.values()),
                       *(f"{value:.1f}" for value in means[run].values())])
         if args.blind:
-            lines.append([f"{run}, blind", *(number(row, "blind_score") for row in cells.values()), *blank])
+            lines.append([f"{run}, blind", *(cell(row, "blind_score") for row in cells.values()), *blank])
     tables = [(title, ["benchmark", *titles, *(f"average, {group}" for group in means[first])], lines)]
     lines = [[run, *(f"{shown(row['score_vs_first'], row['scale'], True)} +{row['gained']} -{row['lost']}"
                      for row in cells.values())] for run, cells in list(table.items())[1:]]
@@ -226,7 +225,7 @@ def turned(title, heads, lines):
 def markdown(tables):
     """The tables for a README"""
     parts, line = [], lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    for title, heads, rows in (turned(*each) for each in tables):
+    for title, heads, rows in tables:
         parts.append("\n".join([f"**{title}**", "", line(heads), "|" + "---|" * len(heads), *map(line, rows)]))
     return "\n\n".join(parts) + "\n"
 

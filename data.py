@@ -33,7 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import parallel
-from model import InputError, to_pixels
+from model import SYSTEM, InputError, to_pixels
 from rows import BadRow, Nested, Stream, check_weights, is_drawn, load
 from trees import cut, pack
 
@@ -102,7 +102,7 @@ class Collator:
         return batch, dropped
 
 
-def an_epoch(trees, generator, weights):
+def epoch_order(trees, generator, weights):
     """The numbers of an epoch's trees: all in any order, or with `weights` so many trees of each source of a Mixture
     that it has its share of the pictures; a source that is too small comes round again, in another order"""
     if weights is None:
@@ -127,7 +127,7 @@ def order(trees, batch_size, epochs, seed, steps=None, weights=None):
     rows, tree_starts, step_starts, epoch = array("q"), array("q", [0]), array("q", [0]), 0
     while (epoch < epochs) if steps is None else (len(step_starts) <= steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        for step in cut((trees[i] for i in an_epoch(trees, generator, weights).numpy()), batch_size):
+        for step in cut((trees[i] for i in epoch_order(trees, generator, weights).numpy()), batch_size):
             for tree in step:
                 rows.extend(tree)
                 tree_starts.append(len(rows))
@@ -138,13 +138,13 @@ def order(trees, batch_size, epochs, seed, steps=None, weights=None):
     return Nested(Nested(np.array(rows), np.array(tree_starts)), np.array(step_starts))
 
 
-def spare(_):
+def ignore_signals(_):
     """Ctrl-C and SIGTERM reach workers too, but it is the training process that has to end the step"""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Itself(torch.utils.data.Dataset):
+class Identity(torch.utils.data.Dataset):
     """What a DataLoader asks for, it gets: the sampler brings the trees, the collator reads them"""
 
     def __getitem__(self, trees):
@@ -163,15 +163,15 @@ def batches(collator, steps, micro_batch, workers=0, first=0, rank=parallel.RANK
     n_parts = math.ceil(steps.batch_size / micro_batch) if isinstance(steps, Stream) else \
         len(list(cut(steps[0], micro_batch)))
     ahead = math.ceil(n_parts / workers) + 1 if workers else None               # a worker's share of a step, and one
-    loader = iter(DataLoader(Itself(), batch_size=None, sampler=(part for parts in planned for part in parts),
-                             collate_fn=collator, num_workers=workers, prefetch_factor=ahead, worker_init_fn=spare,
-                             pin_memory=torch.cuda.is_available(),
+    loader = iter(DataLoader(Identity(), batch_size=None, sampler=(part for parts in planned for part in parts),
+                             collate_fn=collator, num_workers=workers, prefetch_factor=ahead,
+                             worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
                              generator=torch.Generator()))  # or it would take a number from everybody's
     for parts in read:
         yield list(itertools.islice(loader, len(parts)))
 
 
-def nothing(model):
+def empty_batch(model):
     """A Batch without responses, for a process that has no rows in a step: its loss and all its gradients are 0"""
     return pack([model.chat.trunk_ids(model.n_image)], [[]], model.pixels([Image.new("RGB", (32, 32))]),
                 model.chat.pad_id)
@@ -187,7 +187,7 @@ def texts(sources, n=2000):
                 row = rows.text(i)
                 fields = ("question", "answer", "chosen", "rejected")
                 yield from (row[field] for field in fields if isinstance(row.get(field), str))
-    yield from ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 2  # the chat template's own words
+    yield from ["system\n" + SYSTEM, "user\n", "assistant\n"] * 2  # the template's words; BPE wants to see each twice
 
 
 def show(model, collator, number=0):
@@ -198,7 +198,7 @@ def show(model, collator, number=0):
     batch, dropped = collator([[number]])
     if batch is None:
         return f"the first row cannot be used: {dropped[0]}"
-    prompt, decode = batch.input_ids[0, :batch.sources[0] + 1].tolist(), model.tokenizer.decode
+    prompt, decode = batch.input_ids[0, :batch.logit_at[0] + 1].tolist(), model.tokenizer.decode
     first = next(i for i, token in enumerate(prompt) if token < 0)
     before, after = decode(prompt[:first]), decode(prompt[first + model.n_image:])
     responses = [decode(batch.targets[batch.response_of == r]) for r in range(batch.n_responses)]

@@ -6,7 +6,7 @@ What can the model answer? Greedy answers of one or several models to the same q
     python eval_vqa.py runs/stage1 runs/dpo --data scenes/tune/foreign --out runs/p   is chosen likelier than rejected?
     python eval_vqa.py runs/sft runs/dpo --benchmarks all --out runs/bench          the paper's sixteen, and six more
     python eval_vqa.py runs/dpo --hf Qwen/Qwen2.5-VL-3B-Instruct --benchmarks vision --limit 500 --out runs/known
-    torchrun --nproc_per_node 8 eval_vqa.py ...                                     the same, rows shared out
+    torchrun --nproc_per_node=8 -- eval_vqa.py ...                                  the same, rows shared out
     python eval_vqa.py runs/stage1 --data train.jsonl --samples 4 --write_pairs pairs.jsonl
                                                                                     preference pairs from own samples
 
@@ -50,21 +50,18 @@ import parallel
 from answerers import HubModel, Run, identity
 from comparison import (averages, benchmark_tables, compare_benchmarks, compare_own, flipped_cards, markdown,
                         own_tables, scorer_tables, turned)
-from metrics import (MME_PERCEPTION, anls, cvbench_score, gqa_correct, hallusionbench_score, mmbench_score, mme_score,
-                     mmmu_choice, mmmu_open, mmvp_score, naturalbench_score, normalise, ocrbench_correct, option_letter,
-                     pope_score, relaxed_accuracy, score, vqa_accuracy)
+from metrics import (MME_PERCEPTION, anls, cvbench_score, hallusionbench_score, mmbench_score, mme_score, mmvp_score,
+                     naturalbench_score, normalise, option_letter, pope_score, relaxed_accuracy, score, vqa_accuracy)
 from model import InputError
 from own_pairs import write_pairs
 
-__all__ = ["anls", "cvbench_score", "gqa_correct", "hallusionbench_score", "mmbench_score", "mme_score", "mmmu_choice",
-           "mmmu_open", "mmvp_score", "naturalbench_score", "ocrbench_correct", "option_letter", "pope_score",
-           "relaxed_accuracy", "score", "vqa_accuracy"]  # the metrics, for those who look for them here
+__all__ = ["anls", "option_letter", "relaxed_accuracy", "vqa_accuracy"]  # for those who look for metrics here
 
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 
 def moved(name, config=""):
-    """The hub ids of a set of lmms-lab's, which most of them left in July 2026"""
+    """Hub ids of a data set of lmms-lab; most moved to lmms-lab-encoder in July 2026"""
     return [f"lmms-lab-encoder/{name}{config}", f"lmms-lab/{name}{config}"]
 
 
@@ -77,34 +74,36 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
     "mmbench": b.Benchmark(
         "MMBench-en", {"paper": ["lmms-lab/MMBench_EN", *moved("MMBench", ":en")], "lmms": moved("MMBench", ":en")},
         "dev", "index, question, hint, A, B, C, D, answer, category", b.mmbench, b.read_mmbench, "circular accuracy",
-        512, unit=lambda row: int(row["index"]) % 1_000_000, rule=b.all_right, score=mmbench_score),
+        tokens=512, unit=lambda row: int(row["index"]) % 1_000_000, rule=b.all_right, score=mmbench_score),
     "mme": b.Benchmark(
         "MME", moved("MME"), "test", "question_id, question, answer, category", b.mme, b.read_mme, "perception, points",
         scale=2000, unit=lambda row: (row["category"], row["question_id"]), rule=b.mme_rule, score=mme_score,
         stratum=lambda row, _: row["category"] if row["category"] in MME_PERCEPTION else None),
     "seed": b.Benchmark(
         "SEED-I", moved("SEED-Bench"), "test", "question, choice_a, choice_b, choice_c, choice_d, answer", b.seed,
-        b.letters_of("seed"), "accuracy", 512),
+        b.letters_of("seed"), "accuracy", tokens=512),
     "gqa": b.Benchmark(
         "GQA", moved("GQA", ":testdev_balanced_instructions"), "testdev", "imageId, question, answer", b.gqa,
-        b.read_gqa, "accuracy", 128, pictures=("testdev_balanced_images", "imageId", "id"), same_picture="imageId"),
+        b.read_gqa, "accuracy", tokens=128, pictures=("testdev_balanced_images", "imageId", "id"),
+        same_picture="imageId"),
     "scienceqa": b.Benchmark(
         "ScienceQA-I", [*moved("ScienceQA", ":ScienceQA-IMG"), "derek-thomas/ScienceQA"], "test",
-        "question, choices, answer, hint", b.scienceqa, b.read_scienceqa, "accuracy", 512),
+        "question, choices, answer, hint", b.scienceqa, b.read_scienceqa, "accuracy", tokens=512),
     "mmmu": b.Benchmark(
         "MMMU", moved("MMMU"), "validation", "id, question, options, answer, question_type", b.mmmu, b.read_mmmu,
-        "accuracy", 512),
+        "accuracy", tokens=512),
     "mathvista": b.Benchmark(
         "MathVista", ["AI4Math/MathVista"], "testmini",
         "question, query, unit, choices, answer, question_type, answer_type, precision",
-        b.mathvista, b.read_mathvista, "accuracy", 512),
+        b.mathvista, b.read_mathvista, "accuracy", tokens=512),
     "ai2d": b.Benchmark(
-        "AI2D", moved("ai2d"), "test", "question, options, answer", b.ai2d, b.letters_of("ai2d"), "accuracy", 512),
+        "AI2D", moved("ai2d"), "test", "question, options, answer", b.ai2d, b.letters_of("ai2d"), "accuracy",
+        tokens=512),
     "chartqa": b.Benchmark(
         "ChartQA", moved("ChartQA"), "test", "question, answer, type", b.chartqa, b.read_chartqa, "relaxed accuracy"),
     "ocrbench": b.Benchmark(
         "OCRBench", ["echo840/OCRBench"], "test", "question, answer, question_type", b.ocrbench, b.read_ocrbench,
-        "contains the answer", 128),
+        "contains the answer", tokens=128),
     "textvqa": b.Benchmark(
         "TextVQA", moved("textvqa"), "validation", "question, answers, ocr_tokens", b.textvqa, b.read_vqa,
         "VQA accuracy"),
@@ -112,16 +111,18 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
         "DocVQA", moved("DocVQA", ":DocVQA"), "validation", "question, answers", b.docvqa, b.read_docvqa, "ANLS"),
     "mmvp": b.Benchmark(
         "MMVP", ["lmms-lab-eval/MMVP"], "train", "Index, Question, Options, Correct Answer", b.mmvp, b.read_mmvp,
-        "accuracy of pairs", 512, unit=lambda row: (int(row["Index"]) - 1) // 2, rule=b.all_right, score=mmvp_score),
+        "accuracy of pairs", tokens=512, unit=lambda row: (int(row["Index"]) - 1) // 2, rule=b.all_right,
+        score=mmvp_score),
     "realworldqa": b.Benchmark(
         "RealWorldQA", [*moved("RealWorldQA"), "visheratin/realworldqa"], "test", "question, answer", b.realworldqa,
-        b.read_realworldqa, "accuracy", 512),
+        b.read_realworldqa, "accuracy", tokens=512),
     "cvbench2d": b.Benchmark(
         "CV-Bench 2D", ["nyu-visionx/CV-Bench:2D"], "test", "prompt, choices, answer, source, task", b.cvbench,
-        b.letters_of("cvbench"), "accuracy (paper: mean of sources)", 512, stratum=by_source, score=cvbench_score),
+        b.letters_of("cvbench"), "accuracy (paper: mean of sources)", tokens=512, stratum=by_source,
+        score=cvbench_score),
     "cvbench3d": b.Benchmark(
         "CV-Bench 3D", ["nyu-visionx/CV-Bench:3D"], "test", "prompt, choices, answer, source, task", b.cvbench,
-        b.letters_of("cvbench"), "accuracy", 512, stratum=by_source, score=cvbench_score),
+        b.letters_of("cvbench"), "accuracy", tokens=512, stratum=by_source, score=cvbench_score),
     "pope": b.Benchmark(
         "POPE", moved("POPE"), "test", "question, answer, category", b.pope, b.read_pope, "F1", rule=b.f1_rule,
         score=pope_score),
@@ -135,7 +136,8 @@ BENCHMARKS = {  # title, hub ids, split, columns, row -> record, answer -> how r
         score=lambda rows, _: naturalbench_score(rows)),
     "blink": b.Benchmark(
         "BLINK", ["BLINK-Benchmark/BLINK"], "val", "prompt, choices, answer, sub_task", b.blink,
-        b.letters_of("blink"), "accuracy, mean of tasks", 512, stratum=lambda row, _: row["sub_task"], configs=BLINK),
+        b.letters_of("blink"), "accuracy, mean of tasks", tokens=512, stratum=lambda row, _: row["sub_task"],
+        configs=BLINK),
     "vqav2": b.Benchmark(
         "VQAv2", moved("VQAv2"), "validation", "image_id, question, answers", b.vqav2, b.read_vqa, "VQA accuracy",
         same_picture="image_id"),
@@ -212,8 +214,8 @@ class OwnQuestions:
 
 
 def in_batches(records, size):
-    """Batches of records whose questions are about equally long, those that share a picture beside each other; the
-    longest first, so that if memory does not do it mostly shows at once"""
+    """Batches of records whose questions are about equally long, questions about one picture side by side; the longest
+    come first, so that running out of memory shows at once"""
     groups = defaultdict(list)
     for record in records:
         groups[record["shared"]].append(record)
@@ -337,7 +339,7 @@ def answer_all(open_answerer, questions, path, args, autocast, rank, world):
     with open(path if world == 1 else f"{path}.rank{rank}", "a") as f:
         for records in tqdm(batches[rank::world], desc=os.path.relpath(path, args.folder)[:-6],
                             disable=rank > 0 or not batches):
-            with autocast():  # for each batch anew: it keeps what it has cast
+            with autocast():  # a new context for each batch: it holds its bf16 copies of weights until it ends
                 lines = answer(open_answerer(), questions, records, args)
             f.writelines(json.dumps(line) + "\n" for line in lines)
             f.flush()
@@ -363,15 +365,16 @@ parser.add_argument("--copies", metavar="DIR",
                          "--repo-type dataset --local-dir DIR/ORG/NAME)")
 parser.add_argument("--limit", type=common.positive,
                     help="ask about some N random rows of each set; rows that count together stay together")
-parser.add_argument("--score", choices=("decoded", "logprob"), default="decoded",
-                    help="of benchmarks: score the text that is written, or where there are options the likeliest one")
+parser.add_argument("--score", choices=("decoded", "logprob"),
+                    help="of benchmarks: score the text that is written, or where there are options the likeliest one "
+                         "(default: decoded; own data are scored both ways)")
 parser.add_argument("--blind", type=common.true_or_false, default=True,
                     help="ask everything a second time with a grey picture: true or false")
 parser.add_argument("--out", help="folder to write; must not exist (not needed with --write_pairs)")
 parser.add_argument("--resume", action="store_true",
                     help="go on with a run that was stopped, or add models and benchmarks to a finished one; the "
                          "tables show those that are named")
-parser.add_argument("--gallery", type=int, default=12, metavar="N",
+parser.add_argument("--gallery", type=common.whole_number, default=12, metavar="N",
                     help="at most so many questions of each set in report.html")
 parser.add_argument("--batch_size", type=common.positive, default=128, help="questions a forward pass")
 parser.add_argument("--max_new_tokens", type=common.positive,
@@ -418,10 +421,7 @@ def prepare_folder(args, models, sets):
     else:
         shutil.rmtree(args.folder, ignore_errors=True)
         os.makedirs(args.folder)
-    path = os.path.join(args.folder, "settings.json")
-    with open(path + ".new", "w") as f:
-        json.dump({"settings": settings, **known}, f, indent=1)
-    os.replace(path + ".new", path)
+    common.write_json(os.path.join(args.folder, "settings.json"), {"settings": settings, **known})
 
 
 def checked_arguments():
@@ -432,10 +432,12 @@ def checked_arguments():
                          "behind --hf")
     if args.hf and args.reader:
         raise InputError("--reader swaps parts of runs: leave --hf out")
-    if args.gallery < 0:
-        raise InputError(f"--gallery {args.gallery} is not a number from 0")
     if args.write_pairs and (not args.runs or args.temperature <= 0):
         raise InputError("--write_pairs samples from a run directory, at a --temperature above 0")
+    if args.write_pairs and (parallel.WORLD > 1 or args.reader):
+        raise InputError("--write_pairs samples from a run as it is, in one process: leave --reader and torchrun out")
+    if args.write_pairs and os.path.exists(args.write_pairs):
+        raise InputError(f"--write_pairs {args.write_pairs} exists already; remove it or choose another name")
     if not args.write_pairs and not args.out:
         raise InputError("--out is needed: a folder for the results")
     if args.benchmarks and (args.n or args.data != parser.get_default("data") or args.write_pairs):
@@ -452,7 +454,9 @@ def checked_arguments():
             raise InputError(f"{args.folder} holds the answers of a run that was stopped: --resume goes on, or remove "
                              "it")
     args.benchmarks = args.benchmarks and benchmark_names(args.benchmarks)
-    args.score = args.score if args.benchmarks else "both"
+    if args.score and not args.benchmarks:
+        raise InputError("--score is for --benchmarks: own data are scored both ways")
+    args.score = (args.score or "decoded") if args.benchmarks else "both"
     return args
 
 
@@ -471,13 +475,13 @@ def main():
             return write_pairs(Run(args.runs[0], device).model, sets[""], args)
 
     models = dict(zip(common.names(args.runs + args.hf), args.runs + args.hf))
-    place = lambda name, run: os.path.join(args.folder, name, f"{run}.jsonl")
+    answers_path = lambda name, run: os.path.join(args.folder, name, f"{run}.jsonl")
     if rank == 0:
         prepare_folder(args, {run: identity(model, model in args.hf) for run, model in models.items()}, sets)
         for name, questions in sets.items():
             common.report_dropped(questions.dropped, 0)
             for run in models:
-                gather(questions, place(name, run), args.profile)
+                gather(questions, answers_path(name, run), args.profile)
     parallel.wait()
     opened = {}
 
@@ -497,12 +501,12 @@ def main():
     try:
         for run in models:
             for name, questions in sets.items():
-                answer_all(lambda: open_answerer(run), questions, place(name, run), args, autocast, rank, world)
+                answer_all(lambda: open_answerer(run), questions, answers_path(name, run), args, autocast, rank, world)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the answers so far are in {args.folder}, and --resume goes on") from None
     parallel.wait()  # from here on the first process is alone
     if rank == 0:
-        report({name: {run: gather(questions, place(name, run), args.profile) for run in models}
+        report({name: {run: gather(questions, answers_path(name, run), args.profile) for run in models}
                 for name, questions in sets.items()}, sets, args, draw_map)
 
 
@@ -527,14 +531,15 @@ def report(gathered, sets, args, draw_map):
         tables, details, notes = own_tables(results["table"], args), [], [f"questions of {args.data}"]
     with open(os.path.join(args.folder, "results.json"), "w") as f:
         json.dump(results, f, indent=1)
+    sheets = [turned(*each) for each in tables + details]
     with open(os.path.join(args.folder, "results.md"), "w") as f:
-        f.write(markdown(tables + details))
+        f.write(markdown(sheets))
     cards, n_flipped = flipped_cards(sets, lines, args, draw_map)
     notes += [f"{len(cards)} of the {n_flipped} questions that another model gets right or wrong unlike the first, "
               "drawn at random"] * bool(n_flipped)
     gallery.write(os.path.join(args.folder, "report.html"), "What can the models answer?",
                   notes + ["blind: the same questions with a grey picture"] * args.blind,
-                  [turned(*each) for each in tables + details], cards)
+                  sheets, cards)
     os.rename(args.folder, args.out)
     for each in tables:
         common.print_table(*each)

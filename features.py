@@ -29,7 +29,7 @@ import common
 import data
 import parallel
 import scenes
-from model import MLLM, Encoder, InputError, open_vision, to_pixels
+from model import MLLM, Encoder, InputError, first_line, open_vision, to_pixels
 from rows import Rows
 from sources import Lines
 
@@ -191,8 +191,8 @@ def files_in(folder):
 
 
 def thirds(*lists):
-    """Every third item is for testing -> train part and test part of each of `lists` (Pictures or arrays: both know
-    `take`), in turn"""
+    """Sets every third item aside for testing -> the train part of each of `lists`, then the test part of each
+    (Pictures or arrays: both know `take`)"""
     if len(lists[0]) < 3:
         raise InputError(f"{len(lists[0])} pictures are too few to set a third aside for testing")
     numbers = np.arange(len(lists[0]))
@@ -205,7 +205,7 @@ def hub(source, flag):
     try:
         found = load_dataset(source)
     except Exception as error:  # each failure of the hub or of a file has its own type
-        raise InputError(f"{flag} {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{flag} {source} cannot be loaded: {first_line(error)}") from error
     train = found.get("train") or found[next(iter(found))]
     names = [name for name in ("validation", "val", "valid", "test") if name in found and found[name] is not train]
     return train, found[names[0]] if names else None  # validation before test: a test's labels are often withheld
@@ -341,12 +341,13 @@ class Frozen:
             raise InputError(f"--through_connector has no --pool {what}: a connector passes patch tokens only")
         path = os.path.join(self.cache, common.digest(self.key, pictures.identity(), what) + ".npy")
         try:
-            if not parallel.most(os.path.exists(path)):                                 # all see it, or none
+            if not parallel.all_max(os.path.exists(path)):                                 # all see it, or none
                 self.extract(pictures, what, path)
             return np.load(path, mmap_mode="r")
+        except InputError:
+            raise
         except ValueError as error:
-            raise error if isinstance(error, InputError) else \
-                InputError(f"{path} or its .part cannot be read ({error}); remove both") from None
+            raise InputError(f"{path} or its .part cannot be read ({error}); remove both") from None
 
     def extract(self, pictures, what, path):
         """Fills PATH.part row by row, each process its share, PATH.count says how far it got; renamed to PATH when all
@@ -355,7 +356,7 @@ class Frozen:
         size = [side * patch for side in self.encoder.grid] if what == "patches" else None
         to_batch = partial(open_batch, pictures, partial(prepare, self.encoder.image_processor, size))
         first, end = (len(pictures) * r // parallel.WORLD for r in (parallel.RANK, parallel.RANK + 1))
-        part, done, begun = path + ".part", first, parallel.most(os.path.exists(path + ".part"))
+        part, done, begun = path + ".part", first, parallel.all_max(os.path.exists(path + ".part"))
         count = path + ".count" + f"{parallel.RANK}of{parallel.WORLD}" * (parallel.WORLD > 1)
         os.makedirs(self.cache, exist_ok=True)
         if not begun:

@@ -1,4 +1,4 @@
-"""The pictures of probe.py, in the colours of all: bars with dots, gradient maps, segmentations, and what moved."""
+"""Figures of probe.py: bars, gradient maps, segmentations, movement. `color_of` gives an arm one colour everywhere."""
 import math
 import textwrap
 
@@ -73,8 +73,8 @@ def draw_bars(path, result, chance):
 
 def draw_maps(path, records, maps, name, places):
     """Contact sheet of one run: each picture with its box, then gradients of both objectives laid over it"""
-    text = {"tokens": "", "pixels": ", at pixels", "input": ", x input"}
-    shown = [(objective, place, title + text[place]) for place in places for objective, title in
+    suffix = {"tokens": "", "pixels": ", at pixels", "input": ", x input"}
+    shown = [(objective, place, title + suffix[place]) for place in places for objective, title in
              (("chosen", "log p(chosen)\n= SFT's map"), ("difference", "chosen - rejected\n= DPO's map"))]
     n = len(maps[shown[0][:2]])
     figure, axes = canvas(1 + len(shown), n, 1.4, 1.4)
@@ -88,16 +88,16 @@ def draw_maps(path, records, maps, name, places):
                 axis.imshow(maps[what[:2]][i], extent=extent, cmap="jet", alpha=.55, interpolation="nearest")
             axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1.2))
             blank(axis)
-    for axis, text in zip(axes[:, 0], ["picture", *(text for _, _, text in shown)]):
-        axis.set_ylabel(text, fontsize=7)
+    for axis, label in zip(axes[:, 0], ["picture", *(title for _, _, title in shown)]):
+        axis.set_ylabel(label, fontsize=7)
     figure.suptitle(f"gradient maps at the weights of {name}; box: where the answers differ", fontsize=10)
     save(figure, path)
 
 
-def draw_segmentation(path, pictures, predictions, n=6):
+def draw_segmentation(path, pictures, predictions):
     """Test pictures, the truth as patches see it, and what the two-layer head makes of each encoder"""
     shades = plt.get_cmap("tab20").colors
-    n, colors = min(n, len(pictures)), matplotlib.colors.ListedColormap(shades[::2] + shades[1::2])  # pale ones last
+    n, colors = min(6, len(pictures)), matplotlib.colors.ListedColormap(shades[::2] + shades[1::2])  # pale ones last
     chosen = np.linspace(0, len(pictures) - 1, n).astype(int)
     figure, axes = canvas(2 + len(predictions), n, 1.6, 1.5)
     (_, truth, truth_grid), *_ = predictions.values()
@@ -124,7 +124,7 @@ def draw_segmentation(path, pictures, predictions, n=6):
 
 def draw_movement(path, movement, first):
     """Linear CKA of every layer of the first encoder with every layer of the others, and the drift of each layer"""
-    others = [name for name, m in movement.items() if m["cka"] and name != first] or [first]
+    others = [name for name, m in movement.items() if m["cka"] and name != first]  # a random one at least
     columns = min(4, len(others) + 2)
     figure, axes = canvas(math.ceil((len(others) + 2) / columns), columns, 3, 2.9)
     *maps, same, drift = axes.flat[:len(others) + 2]
@@ -156,8 +156,6 @@ def draw_movement(path, movement, first):
         axis.set_xlabel(label, fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=7)
-        if axis.lines:
-            axis.legend(fontsize=7)
-    if drift.lines:
-        drift.set_yscale("log")
+        axis.legend(fontsize=7)
+    drift.set_yscale("log")
     save(figure, path)

@@ -6,9 +6,7 @@ differently from the first one, with the picture, what each model said, and its 
 of a question or an answer can do nothing. Choosing among the cards is CSS; a browser without :has() shows them all.
 """
 import base64
-import contextlib
 import io
-import os
 from html import escape
 from typing import NamedTuple
 
@@ -41,9 +39,10 @@ class Card(NamedTuple):
 
 
 def changes(card):
-    """{model: "gained" where it is more right than the first model, "lost" where less}; without those as right"""
-    first, *others = card.answers
-    return {a.model: "gained" if a.right > first.right else "lost" for a in others if a.right != first.right}
+    """{model: "gained" if it is right where the first model is wrong, "lost" if wrong where that is right}; right means
+    at least half right, as in the tables"""
+    first, *others = ((answer.model, answer.right >= .5) for answer in card.answers)
+    return {model: "gained" if right else "lost" for model, right in others if right != first[1]}
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def gallery(cards):
             rules.append(f"{chosen} .card:not(.{kind}), {chosen} section:not(:has(.{kind})) {{ display: none }}")
     if models:
         page.append(f'<p>Compared with {escape(cards[0].answers[0].model)}, the first model: <span class="gained">▲ '
-                    'gained</span> is more right, <span class="lost">▼ lost</span> less right.</p>\n<style>'
+                    'gained</span>: right where it was wrong, <span class="lost">▼ lost</span>: wrong.</p>\n<style>'
                     f'{" ".join(rules)}</style><fieldset><legend>show</legend>{" ".join(options)}</fieldset>\n')
     for i, (name, members) in enumerate(groups.items()):
         page += [f'<section id="benchmark-{i}"><h3>{escape(name)} <small><a href="#contents">contents</a></small>',
@@ -217,7 +216,7 @@ summary { cursor: pointer } details[open] .begin { display: none }
 
 
 def write(path, title, notes, tables, cards):
-    """Writes the page, whole or not at all: `notes` a line each, `tables` of (caption, heads, lines), all cells text
+    """Writes the page: `notes` a line each, `tables` of (caption, heads, lines), all cells text
     and the first one of a line its name, and `cards`, a list of Card"""
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -226,11 +225,5 @@ def write(path, title, notes, tables, cards):
             f'<ul>{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>\n<main><h2>Summary</h2>\n'
             f'<div class="tables">{"".join(table(*parts) for parts in tables)}</div>\n'
             f'<h2>Answered differently</h2>\n<div class="gallery">{gallery(cards)}</div></main></body></html>\n')
-    part = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as f:  # half a surrogate pair is no UTF-8
-            f.write(page)
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+    with open(path, "w", encoding="utf-8", errors="xmlcharrefreplace") as f:  # half a surrogate pair is no UTF-8
+        f.write(page)

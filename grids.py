@@ -14,7 +14,7 @@ import numpy as np
 
 import common
 from figures import canvas, color_of, save
-from report import difference_text, paired, read_json, read_log, write
+from report import difference_text, paired, read_log, results, write
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("kind", choices=("sweep", "map"), help="which script made the folders")
@@ -31,9 +31,12 @@ COLUMNS = {  # key -> (heading, file, group, measure)
     "reward": ("mean reward, second half", None, None, None)}
 
 
+arm_of, rate_of = (lambda run: run.partition("-")[0]), (lambda run: run.partition("-")[2])  # of ARM-RATE
+
+
 def read_sweep(folder):
     """-> {run: {column: value}}; a run is stage1 or ARM-RATE"""
-    tables = {file: read_json(folder, file, "results.json")["table"] for file in ("pairs", "vqa", "swap")}
+    tables = {file: results(folder, file) for file in ("pairs", "vqa", "swap")}
     values = {}
     for run in tables["vqa"]:
         log = {} if run == "stage1" else read_log(os.path.join(folder, run))
@@ -52,22 +55,22 @@ def picked(values):
     found = {}
     for arm in SWEPT:
         score = {run: values[run]["reward" if arm == "grpo" else "pairs"] for run in values
-                 if run.partition("-")[0] == arm}
+                 if arm_of(run) == arm}
         found[arm] = min((run for run in score if score[run] >= max(score.values()) - (.003 if arm == "grpo" else .02)),
-                         key=lambda run: float(run.partition("-")[2]))
+                         key=lambda run: float(rate_of(run)))
     return found
 
 
 def report_sweep(folder, out):
     values = read_sweep(folder)
     best = picked(values)
-    arms = {arm: sorted((run for run in values if run.partition("-")[0] == arm),
-                        key=lambda run: float(run.partition("-")[2])) for arm in SWEPT}
+    arms = {arm: sorted((run for run in values if arm_of(run) == arm), key=lambda run: float(rate_of(run)))
+            for arm in SWEPT}
     row = lambda name, run: [name, *(f"{100 * values[run][key]:.1f}" if key in values[run] else "" for key in COLUMNS)]
     lines = [row("stage 1", "stage1")] + [
-        row(f"{SWEPT[arm]} {run.partition('-')[2]}" + " <" * (run == best[arm]), run)
+        row(f"{SWEPT[arm]} {rate_of(run)}" + " <" * (run == best[arm]), run)
         for arm, runs in arms.items() for run in runs]
-    rates = [f"LR_{arm.upper()}={run.partition('-')[2]}" for arm, run in best.items()]
+    rates = [f"LR_{arm.upper()}={rate_of(run)}" for arm, run in best.items()]
     text = ["picked (<): " + ", ".join(rates)]
     with open(os.path.join(folder, "rates.sh"), "w") as f:
         f.write(f"export {' '.join(rates)}\n")
@@ -84,10 +87,10 @@ def report_sweep(folder, out):
             axis.set_ylabel(COLUMNS[key][0] + ", %", fontsize=8)
         for axis, (key, (heading, *_)) in zip(axes[0], COLUMNS.items()):
             for arm, runs in arms.items():
-                rates, color = [float(run.partition("-")[2]) for run in runs], color_of(arm, list(arms))
-                axis.plot(rates, [100 * values[run][key] for run in runs], "o-", color=color, markersize=3,
+                x, color = [float(rate_of(run)) for run in runs], color_of(arm, list(arms))
+                axis.plot(x, [100 * values[run][key] for run in runs], "o-", color=color, markersize=3,
                           label=SWEPT[arm])
-                axis.plot(float(best[arm].partition("-")[2]), 100 * values[best[arm]][key], "o", color=color)
+                axis.plot(float(rate_of(best[arm])), 100 * values[best[arm]][key], "o", color=color)
             axis.axhline(100 * values["stage1"][key], color="0.5", linewidth=.8, label="stage 1")
             axis.set_xscale("log")
             axis.set_title(heading + ", %", fontsize=8)
@@ -117,7 +120,7 @@ def read_map(seed):
         if not folder.startswith("vqa-"):
             continue
         start = folder.removeprefix("vqa-")
-        tables = {file: read_json(seed, f"{file}-{start}", "results.json")["table"] for file in ("vqa", "swap")}
+        tables = {file: results(seed, f"{file}-{start}") for file in ("vqa", "swap")}
         values = {run: {m: tables[file][run]["vision-centric"]["decoded" if m == "decoded" else "restricted"][0]
                         for m, (file, _) in MAPPED.items()} for run in tables["vqa"]}
         for run in values:
@@ -143,6 +146,7 @@ def report_map(seeds, out):
     names = sorted(set.intersection(*map(set, found)), key=in_order)
     contrasts = (("sft", "start"), ("dpo", "start"), ("dpo", "sft"))
     of = lambda name, arm, measure: [each[name][arm][measure] for each in found]
+    left_out = sorted(set.union(*map(set, found)) - {*names})
     result = {name: {m: {f"{a} - {b}": paired(of(name, a, m), of(name, b, m)) for a, b in contrasts} for m in MAPPED}
               for name in names}
     lines = [[name, f"{100 * np.mean(of(name, 'start', 'restricted')):.1f}",
@@ -168,7 +172,8 @@ def report_map(seeds, out):
         save(figure, path)
 
     title = f"paired differences in %-points, {len(seeds)} seed(s)" + " [95 % interval]" * (len(seeds) > 1)
-    write(out, {"seeds": seeds, "map": result}, [(title, heads, lines)], [], draw)
+    text = [f"not in every seed, so left out: {', '.join(left_out)}"] if left_out else []
+    write(out, {"seeds": seeds, "map": result}, [(title, heads, lines)], text, draw)
 
 
 def main():

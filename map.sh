@@ -39,12 +39,12 @@ for seed in $SEEDS; do
       pair "$steps" "$style" --data "$WORLD/train/$style"
     done
   done
-  pair "$steps" foreign --data "$WORLD/train/foreign"
+  pair "$steps" foreign --data "$WORLD/train/foreign"  # what beta and the sizes are compared with, whatever STYLES says
   for beta in $BETAS; do  # SFT has none: its run is that of the foreign pairs
     stage "$run/$steps.beta$beta.dpo" train_dpo.py --init "$run/$steps" --n "$N_PAIRS" --epochs 2 --lr "$LR_DPO" \
       --seed "$((seed + 1000))" --beta "$beta" --data "$WORLD/train/foreign"
   done
-  for n in $SIZES; do  # as many steps, of fewer or more different pairs
+  for n in $SIZES; do  # as many steps, of fewer or more different pairs; N has to divide twice N_PAIRS
     pair "$steps" "n$n" --data "$WORLD/train/foreign" --n "$n" --epochs $((2 * N_PAIRS / n))
   done
   if [ -n "$OWN" ]; then

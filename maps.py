@@ -29,7 +29,8 @@ from model import InputError
 OBJECTIVES = ("chosen", "difference", "SFT_loss", "DPO_loss")
 PLACES = ("tokens", "pixels", "input")  # where the gradient is taken: image tokens, pixels, pixels x input
 N_DRAWN = 8                             # pairs whose maps are kept, for the contact sheet
-CENTRE = np.exp(-np.add.outer(*2 * [np.linspace(-2, 2, 32)**2]) / 2)  # (32,32): a map that always looks at the centre
+SQUARES = np.linspace(-2, 2, 32)**2     # the picture is four standard deviations wide
+CENTRE = np.exp(-(SQUARES[:, None] + SQUARES) / 2)  # (32,32): a map that always looks at the centre
 CENTRE /= CENTRE.sum()
 
 
@@ -41,7 +42,7 @@ def gradient_maps(model, batch, reference_margins=None, beta=.1):
     are up to a constant factor, which no score notices (the step's number of tokens, or of pairs)."""
     pixels = batch.pixels.detach().requires_grad_()                                     # (I,3,H,W)
     tokens = model.image_tokens(pixels)                                                 # (I,N,D): one copy a picture
-    chosen, rejected = rearrange(batch.per_response(model.response_logps(batch, tokens)), "(i two) -> two i", two=2)
+    chosen, rejected = rearrange(batch.per_response(model.token_logps(batch, tokens)), "(i two) -> two i", two=2)
     margins = chosen - rejected
     reference = margins.detach() if reference_margins is None else reference_margins.to(margins)
     pull = beta * torch.sigmoid(-beta * (margins.detach() - reference))                 # (I,): |d DPO loss / d margin|

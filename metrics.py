@@ -168,13 +168,9 @@ def after_answer_is(prediction):
     return text.strip()
 
 
-def option_letter(prediction, options, profile="paper"):
-    """The letter of `options` (dict letter -> text) that a prediction names, or None if it cannot be told.
-
-    "paper": the first character of what follows "answer is", so "apple" is A (Cambrian's extract_mcq_answer).
-    "lmms": that of MMMU, see mmmu_choice. (Some tasks of lmms-eval have rules of their own: LMMS_LETTERS.)"""
-    if profile == "lmms":
-        return mmmu_choice(prediction, options)
+def option_letter(prediction, options):
+    """The letter of `options` (dict letter -> text) that a prediction names, or None if it cannot be told, by
+    Cambrian's rule: the first character of what follows "answer is", so "apple" is A (its extract_mcq_answer)"""
     letter = after_answer_is(prediction).rstrip(".:,").lstrip("(").rstrip(")")[:1].upper()
     return letter if letter in options else None
 
@@ -188,11 +184,9 @@ def mmmu_choice(prediction, options):
     for mark in ",.!?;:'":
         text = text.strip(mark)
     text = f" {text} "
-    forms = [lambda letter: f"({letter})", lambda letter: f"{letter} ", lambda letter: f"{letter}."]
-    for form in forms:
-        if found := [letter for letter in options if form(letter) in text]:
-            place = (lambda letter: f"({letter})") if form is forms[0] else (lambda letter: f" {letter} ")
-            return max(found, key=lambda letter: text.rfind(place(letter)))
+    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):    # the last pair as in the original
+        if found := [letter for letter in options if form.format(letter) in text]:
+            return max(found, key=lambda letter: text.rfind(place.format(letter)))
     if len(text.split()) > 5:
         text, options = text.lower(), {letter: option.lower() for letter, option in options.items()}
         if found := [letter for letter in options if options[letter] in text]:
@@ -252,8 +246,8 @@ def mmmu_open(prediction, answers):
 
 def key_phrases(prediction):
     """The parts of a prediction that may be the answer: of each sentence the shortest end after a word like "is" """
-    text, words, phrases = prediction.strip().strip(".").lower(), ["could be ", "so ", "is ", "thus ", "therefore ",
-                                                                   "final ", "answer ", "result "], []
+    text, phrases = prediction.strip().strip(".").lower(), []
+    words = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
     sentences = re.split(r"\.\s(?=[A-Z])|\n", text)  # of lower case, so only lines are told apart, as in the original
     for i, sentence in enumerate(sentences):
         shortest = ""
@@ -352,9 +346,14 @@ def mme_score(rows, profile="lmms"):
             **points}
 
 
+def is_there(text):
+    """Missing texts are None, empty or the string "nan" """
+    return text not in (None, "", "nan")
+
+
 def mmbench_options(row):
-    """The options of a row of MMBench; those that it lacks are the string "nan" """
-    return {letter: row[letter] for letter in "ABCD" if row.get(letter) not in (None, "", "nan")}
+    """The options that a row of MMBench has"""
+    return {letter: row[letter] for letter in "ABCD" if is_there(row.get(letter))}
 
 
 def mmbench_score(rows, profile="lmms"):
@@ -362,7 +361,7 @@ def mmbench_score(rows, profile="lmms"):
     options. rows: index (a rotation's is a million higher each), A to D, answer, category, prediction.
 
     -> circular_accuracy, accuracy (of rows), and the circular accuracy of each category"""
-    read = mmbench_letter if profile == "lmms" else lambda *row: option_letter(*row, "paper")
+    read = mmbench_letter if profile == "lmms" else option_letter
     right = lambda row: read(row["prediction"], mmbench_options(row)) == row["answer"]
     circles = {index: (members[0].get("category"), all(map(right, members)))
                for index, members in grouped(rows, lambda row: int(row["index"]) % 1_000_000).items()}
@@ -397,7 +396,7 @@ def mmvp_score(rows, profile="paper"):
 
 def cvbench_letter(prediction, options, profile):
     """The letter that a prediction names, or None"""
-    return option_letter(prediction, options, "paper") if profile == "paper" else \
+    return option_letter(prediction, options) if profile == "paper" else \
         pattern_letter(prediction, options, "cvbench")
 
 

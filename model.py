@@ -6,10 +6,10 @@ The model: vision encoder -> connector -> LLM.
 
 The encoder and the LLM are transformers models, the connector between them is ours. Everything that trains, probes or
 answers goes through the classes `Encoder` and `MLLM` below: `features` is the one tensor that the LLM and every probe
-reads, `response_logps` is the fast path that the losses use, and `logps` is the plain, slow path that checks it.
+reads, `token_logps` is the fast path that the losses use, and `logps` is the plain, slow path that checks it.
 
 The fast path repeats nothing: responses that follow the same picture and question are read as branches of one sequence
-(`trees.py`), and `ResponseLogps` scores their tokens without ever holding all their logits.
+(`trees.py`), and `TokenLogps` scores their tokens without ever holding all their logits.
 
 A trained run can be asked, and handed to others as a LLaVA folder (`artefacts.py`):
 
@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import sysconfig
-import tempfile
 from functools import partial
 
 import torch
@@ -74,8 +73,7 @@ class Connector(nn.Module):
 
     def forward(self, features, grid):
         """features (B,N',D_vision) of a `grid` = (rows, columns) of patches -> image tokens (B, N' / pool^2, D_llm)"""
-        rows, _ = grid
-        x = rearrange(features, "b (h p w q) d -> b (h w) (p q d)", h=rows // self.pool, p=self.pool, q=self.pool)
+        x = rearrange(features, "b (h p w q) d -> b (h w) (p q d)", h=grid[0] // self.pool, p=self.pool, q=self.pool)
         return self.down(F.gelu(self.up(x))) if self.down else self.up(x)
 
 
@@ -93,6 +91,7 @@ class Chat:
         self.tokenizer = tokenizer
         question, answer = "QUESTIONMARKER", "ANSWERMARKER"
         turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        # enable_thinking: or Qwen3 opens a <think> block; other templates ignore it
         render = lambda turns, **kw: tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False, **kw)
         try:
             prompt = render(turns, add_generation_prompt=True)
@@ -113,8 +112,8 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def trunk_ids(self, n_image, image=0):
-        """ids of what all questions about a picture share; -1-n stands for image token n of a batch of pictures, and
-        this is its picture number `image`"""
+        """ids of the prefix that all questions about a picture share; -1-n stands for image token n, counted through
+        all pictures of a batch, of which this is number `image`"""
         return self.head_ids + [-1 - image * n_image - n for n in range(n_image)]
 
     def question_ids(self, question):
@@ -154,7 +153,7 @@ def chunk_logits_gradient(hidden, weight, bias, targets, total, gradient):
     return softmax.mul_(-gradient[:, None]).scatter_add_(-1, targets[:, None], gradient[:, None])
 
 
-class ResponseLogps(torch.autograd.Function):
+class TokenLogps(torch.autograd.Function):
     """log p(target) of every response token from the last hidden states: the hot path of every loss.
 
     `apply(hidden (M,D), weight (V,D), bias (V,) or None, targets (M,), chunk functions) -> (M,)`, fp32 tensors. Works
@@ -174,7 +173,7 @@ class ResponseLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
-        gradient = gradient.contiguous()                                                # that of a sum is one number
+        gradient = gradient.contiguous()                                                # .sum() expands one number
         grad_hidden, grad_weight, grad_bias = (torch.zeros_like(t) if t is not None and needed else None for t, needed
                                                in zip((hidden, weight, bias), ctx.needs_input_grad))
         with torch.autocast(gradient.device.type, enabled=False):  # backward may be called where forward was not
@@ -205,7 +204,8 @@ def can_compile():
 
 
 def attention_mask(visible):
-    """bool, True = sees -> 0 or -inf in attention's dtype: made once here, or each layer makes and keeps its own"""
+    """Boolean mask, True = may attend -> 0 or -inf, in attention's dtype. Made once here, or each layer would make one
+    of its own and keep it for the backward pass"""
     kind = visible.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
@@ -213,7 +213,8 @@ def attention_mask(visible):
 
 def check_branches(llm):
     """Raises InputError for an LLM that cannot read a tree: it looks back a limited way, or has its own idea of masks
-    and positions. Checked by trying: of two words that follow a first, the second must not notice its sibling."""
+    and positions. Checked by trying: a word that follows another, read with and without a masked sibling between them,
+    must give the same hidden state."""
     layers = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"} or getattr(llm.config, "sliding_window", None):
         raise InputError("the LLM has layers that look back a limited way (sliding window, linear attention); "
@@ -234,6 +235,274 @@ def check_branches(llm):
     if not torch.allclose(tree, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max())):
         raise InputError(f"LLMs of type '{llm.config.model_type}' cannot read trees (trees.py): their attention does "
                          "not follow the mask and the positions that it is given")
+
+
+def swap(vision, modules):
+    """Puts {name: module} in their places inside `vision` and returns what stood there: swapping twice undoes it."""
+    previous = {name: vision.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        vision.set_submodule(name, module)
+    return previous
+
+
+def take_off_tail(vision, depth):
+    """Removes from a vision encoder all that comes after layer `depth`: later layers, the final norm, the pooling head.
+
+    Returns what `swap` needs to restore it, so that an exported encoder is again the whole model that transformers
+    knows. What is removed is never run or trained; it waits on the CPU, in `MLLM.vision_tail`, for a save."""
+    shorter = {}
+    for name, module in vision.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == vision.config.num_hidden_layers:
+            shorter[name] = module[:depth]
+        elif name.rpartition(".")[2] in ("post_layernorm", "layernorm", "head"):
+            shorter[name] = nn.Identity()
+    return swap(vision, shorter)
+
+
+class Encoder(nn.Module):
+    """A vision encoder, cut off after the layer that an LLM reads: what probe.py asks, and the first part of an MLLM.
+
+    Its `feature_layer` is an index of hidden_states, of which the first are the embeddings: -2, the default, is the
+    output of the last layer but one (as in LLaVA), so the last layer is cut off. It is written into the encoder's own
+    config, so that an exported encoder says itself at which layer it was read."""
+
+    def __init__(self, vision, image_processor, feature_layer=None):
+        super().__init__()
+        if feature_layer is None:
+            feature_layer = getattr(vision.config, "feature_layer", -2)
+        n_layers, n_special = vision.config.num_hidden_layers, VISION_FAMILIES[vision.config.model_type][1]
+        depth = feature_layer if feature_layer >= 0 else n_layers + 1 + feature_layer
+        if not 1 <= depth <= n_layers:
+            raise InputError(f"feature_layer {feature_layer}: the vision encoder has {n_layers} layers, so it must be "
+                             f"1..{n_layers} or -{n_layers}..-1")
+        self.vision, self.image_processor, self.feature_layer = vision, image_processor, feature_layer
+        vision.config.feature_layer = feature_layer
+        self.n_special = n_special + getattr(vision.config, "num_register_tokens", 0)  # CLS and registers: not patches
+        self.vision_tail = take_off_tail(vision, depth)  # a plain dict: not parameters of this module
+        for name, parameter in vision.named_parameters():
+            if name.endswith("mask_token"):  # DINOv2's, for masked pre-training: no gradient ever reaches it
+                parameter.requires_grad_(False)
+        H, W = self.pixels([Image.new("RGB", (64, 64))]).shape[-2:]  # ask the processor: it may crop to another size
+        patch, size = vision.config.patch_size, vision.config.image_size
+        native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if (H, W) != native and not vision.config.model_type.startswith("dinov2"):  # which interpolates as it goes
+            raise InputError(f"the image processor makes pictures of {H}x{W} pixels and the vision encoder reads "
+                             f"{native[0]}x{native[1]}; for another size train_sft.py has --image_size")
+        self.grid = (H // patch, W // patch)  # rows, columns of patches
+
+    @classmethod
+    def from_pretrained(cls, vision, feature_layer=None):
+        """Opens an encoder: hub id, or local folder such as the vision/ of a run. Never runs remote code."""
+        return cls(*open_vision(vision), feature_layer)
+
+    def pixels(self, images):
+        """PIL pictures -> (B,3,H,W), with the encoder's own resizing, cropping and normalisation"""
+        return to_pixels(self.image_processor, images)
+
+    def features(self, pixels):
+        """pixels (B,3,H,W) -> (B,N',D_vision): patch tokens at `feature_layer`, before any final norm
+
+        No CLS, no registers; the encoder's tail is off, so its "last" layer is `feature_layer`."""
+        return self.vision(pixel_values=pixels).last_hidden_state[:, self.n_special:]
+
+    @property
+    def device(self):
+        return next(self.vision.parameters()).device
+
+
+class MLLM(Encoder):
+    """A vision encoder, a connector and an LLM. Make one with `from_pretrained` (parts) or `load` (a run directory)."""
+
+    def __init__(self, vision, image_processor, llm, tokenizer, feature_layer=None, pool=1, hidden=None):
+        super().__init__(vision, image_processor, feature_layer)
+        for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
+            if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
+                raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
+        if len(tokenizer) > len(llm.get_input_embeddings().weight):
+            raise InputError(f"the tokenizer has {len(tokenizer)} tokens and the LLM rows for "
+                             f"{len(llm.get_input_embeddings().weight)}: they do not belong together")
+        check_branches(llm)
+        self.llm, self.tokenizer, self.pool, self.chat = llm, tokenizer, pool, Chat(tokenizer)
+        if self.grid[0] % pool or self.grid[1] % pool:
+            raise InputError(f"pool {pool} does not divide the encoder's grid "
+                             f"of {self.grid[0]}x{self.grid[1]} patches; use pool 1")
+        self.n_image = self.grid[0] * self.grid[1] // pool**2
+        d_llm = llm.get_input_embeddings().weight.shape[1]
+        self.connector = Connector(vision.config.hidden_size, d_llm, pool, hidden)
+        self.chunk_functions = (chunk_logps, chunk_logits_gradient)
+        for module in self.modules():  # PIVOT uses none, and DPO's policy must start equal to its reference
+            for name in ("dropout", "attention_dropout", "dropout_prob", "drop_prob", "p"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+    # ---- in and out --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, vision, llm, feature_layer=None, pool=1, hidden=None, image_size=None):
+        """Joins an encoder and an LLM (hub ids or local folders) by a fresh connector. Never runs remote code.
+
+        `image_size` (pixels a side) other than the encoder's own interpolates its positions."""
+        return cls(*open_vision(vision, image_size), opened(AutoModelForCausalLM, llm, dtype=torch.float32),
+                   opened(AutoTokenizer, llm), feature_layer, pool, hidden)
+
+    @classmethod
+    def load(cls, run):
+        """Opens a run directory that `save` wrote."""
+        config_file = os.path.join(run, "config.json")
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"{run} is not a run directory: it has no config.json")
+        config = read_json(config_file)
+        if "format" not in config:
+            raise InputError(f"{run} is not a run directory, but a model in transformers' form")
+        if config["format"] != FORMAT:
+            raise InputError(f"{config_file}: run format {config['format']}, this code reads {FORMAT}")
+        for key in ("feature_layer", "pool"):
+            if type(config.get(key)) is not int or key == "pool" and config[key] < 1:
+                raise InputError(f"{config_file}: '{key}' is {config.get(key)!r}, must be a whole number")
+        connector_file = os.path.join(run, "connector.safetensors")
+        connector = read_tensors(connector_file)
+        down = connector.get("down.weight")
+        hidden = down.shape[1] if down is not None and down.ndim == 2 and down.numel() else 0
+        vision, llm = os.path.join(run, "vision"), os.path.join(run, "llm")
+        if not os.path.isfile(os.path.join(llm, "tokenizer.json")):             # transformers would make an empty one
+            raise InputError(f"{llm} has no tokenizer.json")
+        parts = [*open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm),
+                 opened(AutoTokenizer, llm)]
+        try:
+            model = cls(*parts, config["feature_layer"], config["pool"], hidden)
+        except Exception as error:  # parts that are whole may still not fit, and say so in whatever way
+            raise InputError(f"{run} cannot be opened: {first_line(error)}") from error
+        own = model.connector.state_dict()
+        for name in sorted(own.keys() | connector.keys()):
+            found, needed = (tuple(state[name].shape) if name in state else "nothing" for state in (connector, own))
+            if found != needed:
+                raise InputError(f"{connector_file}: {name} is {found}, must be {needed}")
+        model.connector.load_state_dict(connector)
+        return model
+
+    def write(self, folder, settings):
+        """Writes vision/, llm/, connector.safetensors and config.json (`settings`, and what `load` needs).
+
+        The encoder gets its tail back, untrained, so that transformers can open it: of an exported encoder read
+        hidden_states[feature_layer], not last_hidden_state."""
+        without_tail = swap(self.vision, self.vision_tail)
+        try:
+            self.vision.save_pretrained(os.path.join(folder, "vision"))
+        finally:
+            swap(self.vision, without_tail)
+        self.image_processor.save_pretrained(os.path.join(folder, "vision"))  # AutoImageProcessor looks for it there
+        self.llm.save_pretrained(os.path.join(folder, "llm"))
+        self.tokenizer.save_pretrained(os.path.join(folder, "llm"))
+        save_file({k: v.contiguous() for k, v in self.connector.state_dict().items()},
+                  os.path.join(folder, "connector.safetensors"))
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump({"format": FORMAT, "feature_layer": self.feature_layer, "pool": self.pool, **settings},
+                      f, indent=1)
+
+    def save(self, run, settings=None):
+        """Writes a whole run directory, or nothing: into a temporary neighbour first, then renamed."""
+        if os.path.exists(run):
+            raise FileExistsError(f"{run} exists already")
+        folder = f"{os.path.abspath(run)}.{os.getpid()}.tmp"
+        os.makedirs(folder)
+        try:
+            self.write(folder, settings or {})
+            os.rename(folder, run)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def image_tokens(self, pixels):
+        """pixels (B,3,H,W) -> (B,N,D_llm): what the LLM reads"""
+        return self.connector(self.features(pixels), self.grid)
+
+    # ---- seeing and reading ------------------------------------------------------------------------------------------
+
+    def splice(self, input_ids, image_tokens):
+        """input_ids (S,T) with -1-n for image token n, image_tokens (I,N,D) -> input embeddings (S,T,D)"""
+        words = self.llm.get_input_embeddings()(input_ids.clamp(min=0)).flatten(0, 1)        # (S*T,D)
+        both = torch.cat([words, image_tokens.flatten(0, 1).to(words.dtype)])
+        own = torch.arange(len(words), device=words.device).view_as(input_ids)
+        index = torch.where(input_ids < 0, len(words) - 1 - input_ids, own)
+        return both.index_select(0, index.flatten()).unflatten(0, input_ids.shape)  # unlike a mask: no wait for the GPU
+
+    def token_logps(self, batch, image_tokens=None):
+        """Log-probability of every response token: Batch -> (M,) in fp32; `batch.per_response` sums them.
+
+        Only response tokens meet the vocabulary, and not in bf16: log-ratios are small differences of large sums, and
+        bf16 logits are rounded to 8 bits (on a GPU TF32, 11 bits, sums in fp32; --matmul highest: all fp32).
+        `image_tokens` (I,N,D) may be given, to take a gradient there."""
+        if image_tokens is None:
+            image_tokens = self.image_tokens(batch.pixels)                              # (I,N,D), each picture once
+        hidden = self.llm.base_model(inputs_embeds=self.splice(batch.input_ids, image_tokens),
+                                     attention_mask=attention_mask(batch.visible()), position_ids=batch.positions,
+                                     use_cache=False).last_hidden_state                 # (S,T,D)
+        head = self.llm.get_output_embeddings()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return TokenLogps.apply(hidden.flatten(0, 1).index_select(0, batch.logit_at).float(), head.weight,
+                                       head.bias, batch.targets, self.chunk_functions)
+
+    def compile_hot_path(self):
+        """Compiles the loss hot path; to be called before weights are split over processes."""
+        self.chunk_functions = tuple(map(compiled, (chunk_logps, chunk_logits_gradient)))
+        # what is compiled depends on the sizes that come first: always these, so that a resumed run is the same to the
+        # last bit; 61 is no model's width, as equal sizes would count as one
+        head = self.llm.get_output_embeddings()
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        hidden = torch.zeros(61, weight.shape[1], device=self.device, requires_grad=True)
+        targets = torch.zeros(61, dtype=torch.int64, device=self.device)
+        logps = TokenLogps.apply(hidden, weight, bias, targets, self.chunk_functions)
+        torch.autograd.grad(logps.sum(), hidden)
+
+    def gradient_checkpointing(self):
+        """Keeps only each layer's input and recomputes the rest in the backward pass, in the encoder and in the LLM."""
+        for part in (self.vision, self.llm):
+            part.gradient_checkpointing_enable({
+                "use_reentrant": False,             # the reentrant kind loses gradients behind a frozen part
+                "preserve_rng_state": False})       # nothing is random in a layer, and keeping it waits for the GPU
+
+    def logps(self, images, questions, responses):
+        """Summed log-probability of each response, (B,) fp32: row by row, all logits, no padding. The oracle."""
+        sums = []
+        for image, question, response in zip(images, questions, responses, strict=True):
+            prompt, answer = self.chat.prompt_ids(question, self.n_image), self.chat.response_ids(response)
+            ids = torch.tensor([prompt + answer], device=self.device)
+            embeds = self.splice(ids, self.image_tokens(self.pixels([image]).to(self.device)))
+            logps = self.llm(inputs_embeds=embeds).logits.float().log_softmax(-1)[0]    # (T,V)
+            sums.append(sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(answer)))
+        return torch.stack(sums)
+
+    def read_prompts(self, images, questions):
+        """-> input embeddings (B,T,D) of all that precedes the responses, padded on the left; mask (B,T), 0 = padding
+
+        A picture that is the same object for several questions is encoded once."""
+        pictures, numbers = distinct(images)
+        rows = [self.chat.prompt_ids(question, self.n_image, i) for question, i in zip(questions, numbers, strict=True)]
+        T = max(map(len, rows))
+        ids = torch.tensor([[self.chat.pad_id] * (T - len(r)) + r for r in rows], device=self.device)
+        mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=self.device)
+        return self.splice(ids, self.image_tokens(self.pixels(pictures).to(self.device))), mask
+
+    @torch.no_grad()
+    def generate(self, images, questions, max_new_tokens=64, temperature=0.0):
+        """One answer to each question, as text; greedy at temperature 0, else sampled. Batched, with a KV cache.
+
+        By transformers' own `generate`; for many answers to one question see sampling.py, which is checked by this."""
+        embeds, mask = self.read_prompts(images, questions)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        # the rest is spelt out because an instruct model ships defaults of its own, a repetition penalty among them
+        out = self.llm.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=True,
+            eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.pad_id,
+            **{"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, **sampling})
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def parts(self):
+        """The three parts by the names that flags and logs use"""
+        return {"vision": self.vision, "connector": self.connector, "llm": self.llm}
+
+
+# ---- opening what others made, on the hub or in a run directory ------------------------------------------------------
 
 
 def first_line(error):
@@ -358,268 +627,6 @@ def resize(vision, image_processor, size, extra):
     if settings.get("crop_size"):
         settings["crop_size"] = square
     return resized, type(image_processor)(**settings)
-
-
-def swap(vision, modules):
-    """Puts {name: module} in their places inside `vision` and returns what stood there: swapping twice undoes it."""
-    previous = {name: vision.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        vision.set_submodule(name, module)
-    return previous
-
-
-def take_off_tail(vision, depth):
-    """Removes from a vision encoder all that comes after layer `depth`: later layers, the final norm, the pooling head.
-
-    Returns what `swap` needs to restore it, so that an exported encoder is again the whole model that transformers
-    knows. What is removed is never run or trained; it waits on the CPU, in `MLLM.vision_tail`, for a save."""
-    shorter = {}
-    for name, module in vision.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == vision.config.num_hidden_layers:
-            shorter[name] = module[:depth]
-        elif name.rpartition(".")[2] in ("post_layernorm", "layernorm", "head"):
-            shorter[name] = nn.Identity()
-    return swap(vision, shorter)
-
-
-class Encoder(nn.Module):
-    """A vision encoder, cut off after the layer that an LLM reads: what probe.py asks, and the first part of an MLLM.
-
-    Its `feature_layer` is an index of hidden_states. It is written into the encoder's own config, so that an exported
-    encoder says itself at which layer it was read; one that says nothing, and is asked nothing, is read at -2."""
-
-    def __init__(self, vision, image_processor, feature_layer=None):
-        super().__init__()
-        if feature_layer is None:
-            feature_layer = getattr(vision.config, "feature_layer", -2)
-        n_layers, n_special = vision.config.num_hidden_layers, VISION_FAMILIES[vision.config.model_type][1]
-        depth = feature_layer if feature_layer >= 0 else n_layers + 1 + feature_layer
-        if not 1 <= depth <= n_layers:
-            raise InputError(f"feature_layer {feature_layer}: the vision encoder has {n_layers} layers, so it must be "
-                             f"1..{n_layers} or -{n_layers}..-1")
-        self.vision, self.image_processor, self.feature_layer = vision, image_processor, feature_layer
-        vision.config.feature_layer = feature_layer
-        self.n_special = n_special + getattr(vision.config, "num_register_tokens", 0)  # CLS and registers: not patches
-        self.vision_tail = take_off_tail(vision, depth)  # a plain dict: not parameters of this module
-        for name, parameter in vision.named_parameters():
-            if name.endswith("mask_token"):  # DINOv2's, for masked pre-training: no gradient ever reaches it
-                parameter.requires_grad_(False)
-        H, W = self.pixels([Image.new("RGB", (64, 64))]).shape[-2:]  # ask the processor: it may crop to another size
-        patch, size = vision.config.patch_size, vision.config.image_size
-        native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        if (H, W) != native and not vision.config.model_type.startswith("dinov2"):  # which interpolates as it goes
-            raise InputError(f"the image processor makes pictures of {H}x{W} pixels and the vision encoder reads "
-                             f"{native[0]}x{native[1]}; for another size train_sft.py has --image_size")
-        self.grid = (H // patch, W // patch)  # rows, columns of patches
-
-    @classmethod
-    def from_pretrained(cls, vision, feature_layer=None):
-        """Opens an encoder: hub id, or local folder such as the vision/ of a run. Never runs remote code."""
-        return cls(*open_vision(vision), feature_layer)
-
-    def pixels(self, images):
-        """PIL pictures -> (B,3,H,W), with the encoder's own resizing, cropping and normalisation"""
-        return to_pixels(self.image_processor, images)
-
-    def features(self, pixels):
-        """pixels (B,3,H,W) -> (B,N',D_vision): patch tokens at `feature_layer`, before any final norm
-
-        No CLS, no registers; the encoder's tail is off, so its "last" layer is `feature_layer`."""
-        return self.vision(pixel_values=pixels).last_hidden_state[:, self.n_special:]
-
-    @property
-    def device(self):
-        return next(self.vision.parameters()).device
-
-
-class MLLM(Encoder):
-    """A vision encoder, a connector and an LLM. Make one with `from_pretrained` (parts) or `load` (a run directory)."""
-
-    def __init__(self, vision, image_processor, llm, tokenizer, feature_layer=None, pool=1, hidden=None):
-        super().__init__(vision, image_processor, feature_layer)
-        for scaling in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
-            if getattr(llm.config, scaling, None) not in (None, 1, 1.0):
-                raise InputError(f"the LLM changes its logits by '{scaling}', which the loss hot path does not know")
-        if len(tokenizer) > len(llm.get_input_embeddings().weight):
-            raise InputError(f"the tokenizer has {len(tokenizer)} tokens and the LLM rows for "
-                             f"{len(llm.get_input_embeddings().weight)}: they do not belong together")
-        check_branches(llm)
-        self.llm, self.tokenizer, self.pool, self.chat = llm, tokenizer, pool, Chat(tokenizer)
-        if self.grid[0] % pool or self.grid[1] % pool:
-            raise InputError(f"pool {pool} does not divide the encoder's grid "
-                             f"of {self.grid[0]}x{self.grid[1]} patches; use pool 1")
-        self.n_image = self.grid[0] * self.grid[1] // pool**2
-        d_llm = llm.get_input_embeddings().weight.shape[1]
-        self.connector = Connector(vision.config.hidden_size, d_llm, pool, hidden)
-        self.chunk_functions = (chunk_logps, chunk_logits_gradient)
-        for module in self.modules():  # PIVOT uses none, and DPO's policy must start equal to its reference
-            for name in ("dropout", "attention_dropout", "dropout_prob", "drop_prob", "p"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
-
-    # ---- in and out --------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, vision, llm, feature_layer=None, pool=1, hidden=None, image_size=None):
-        """Joins an encoder and an LLM (hub ids or local folders) by a fresh connector. Never runs remote code.
-
-        `image_size` (pixels a side) other than the encoder's own interpolates its positions."""
-        return cls(*open_vision(vision, image_size), opened(AutoModelForCausalLM, llm, dtype=torch.float32),
-                   opened(AutoTokenizer, llm), feature_layer, pool, hidden)
-
-    @classmethod
-    def load(cls, run):
-        """Opens a run directory that `save` wrote."""
-        config_file = os.path.join(run, "config.json")
-        if not os.path.isfile(config_file):
-            raise FileNotFoundError(f"{run} is not a run directory: it has no config.json")
-        config = read_json(config_file)
-        if "format" not in config:
-            raise InputError(f"{run} is not a run directory, but a model in transformers' form")
-        if config["format"] != FORMAT:
-            raise InputError(f"{config_file}: run format {config['format']}, this code reads {FORMAT}")
-        for key in ("feature_layer", "pool"):
-            if type(config.get(key)) is not int or key == "pool" and config[key] < 1:
-                raise InputError(f"{config_file}: '{key}' is {config.get(key)!r}, must be a whole number")
-        connector_file = os.path.join(run, "connector.safetensors")
-        connector = read_tensors(connector_file)
-        down = connector.get("down.weight")
-        hidden = down.shape[1] if down is not None and down.ndim == 2 and down.numel() else 0
-        vision, llm = os.path.join(run, "vision"), os.path.join(run, "llm")
-        if not os.path.isfile(os.path.join(llm, "tokenizer.json")):             # transformers would make an empty one
-            raise InputError(f"{llm} has no tokenizer.json")
-        parts = [*open_vision(vision, loader=opened_whole), opened_whole(AutoModelForCausalLM, llm),
-                 opened(AutoTokenizer, llm)]
-        try:
-            model = cls(*parts, config["feature_layer"], config["pool"], hidden)
-        except Exception as error:  # parts that are whole may still not fit, and say so in whatever way
-            raise InputError(f"{run} cannot be opened: {first_line(error)}") from error
-        own = model.connector.state_dict()
-        for name in sorted(own.keys() | connector.keys()):
-            found, needed = (tuple(state[name].shape) if name in state else "nothing" for state in (connector, own))
-            if found != needed:
-                raise InputError(f"{connector_file}: {name} is {found}, must be {needed}")
-        model.connector.load_state_dict(connector)
-        return model
-
-    def write(self, folder, settings):
-        """Writes vision/, llm/, connector.safetensors and config.json (`settings`, and what `load` needs)."""
-        without_tail = swap(self.vision, self.vision_tail)
-        try:
-            self.vision.save_pretrained(os.path.join(folder, "vision"))
-        finally:
-            swap(self.vision, without_tail)
-        self.image_processor.save_pretrained(os.path.join(folder, "vision"))  # AutoImageProcessor looks for it there
-        self.llm.save_pretrained(os.path.join(folder, "llm"))
-        self.tokenizer.save_pretrained(os.path.join(folder, "llm"))
-        save_file({k: v.contiguous() for k, v in self.connector.state_dict().items()},
-                  os.path.join(folder, "connector.safetensors"))
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump({"format": FORMAT, "feature_layer": self.feature_layer, "pool": self.pool, **settings},
-                      f, indent=1)
-
-    def save(self, run, settings=None):
-        """Writes a whole run directory, or nothing: into a temporary neighbour first, then renamed."""
-        if os.path.exists(run):
-            raise FileExistsError(f"{run} exists already")
-        parent = os.path.dirname(os.path.abspath(run))
-        os.makedirs(parent, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=parent, prefix=os.path.basename(run) + ".")
-        try:
-            self.write(folder, settings or {})
-            os.rename(folder, run)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def image_tokens(self, pixels):
-        """pixels (B,3,H,W) -> (B,N,D_llm): what the LLM reads"""
-        return self.connector(self.features(pixels), self.grid)
-
-    # ---- seeing and reading ------------------------------------------------------------------------------------------
-
-    def splice(self, input_ids, image_tokens):
-        """input_ids (S,T) with -1-n for image token n, image_tokens (I,N,D) -> input embeddings (S,T,D)"""
-        words = self.llm.get_input_embeddings()(input_ids.clamp(min=0)).flatten(0, 1)        # (S*T,D)
-        both = torch.cat([words, image_tokens.flatten(0, 1).to(words.dtype)])
-        own = torch.arange(len(words), device=words.device).view_as(input_ids)
-        index = torch.where(input_ids < 0, len(words) - 1 - input_ids, own)
-        return both.index_select(0, index.flatten()).unflatten(0, input_ids.shape)  # unlike a mask: no wait for the GPU
-
-    def response_logps(self, batch, image_tokens=None):
-        """Log-probability of every response token: Batch -> (M,) in fp32; `batch.per_response` sums them.
-
-        Only response tokens meet the vocabulary, and not in bf16: log-ratios are small differences of large sums, and
-        bf16 logits are rounded to 8 bits (on a GPU TF32, 11 bits, sums in fp32; --matmul highest: all fp32).
-        `image_tokens` (I,N,D) may be given, to take a gradient there."""
-        if image_tokens is None:
-            image_tokens = self.image_tokens(batch.pixels)                              # (I,N,D), each picture once
-        hidden = self.llm.base_model(inputs_embeds=self.splice(batch.input_ids, image_tokens),
-                                     attention_mask=attention_mask(batch.visible()), position_ids=batch.positions,
-                                     use_cache=False).last_hidden_state                 # (S,T,D)
-        head = self.llm.get_output_embeddings()
-        with torch.autocast(hidden.device.type, enabled=False):
-            return ResponseLogps.apply(hidden.flatten(0, 1).index_select(0, batch.sources).float(), head.weight,
-                                       head.bias, batch.targets, self.chunk_functions)
-
-    def compile_hot_path(self):
-        """Compiles the loss hot path."""
-        self.chunk_functions = tuple(map(compiled, (chunk_logps, chunk_logits_gradient)))
-        # what is compiled depends on the sizes that come first: always these, so that a resumed run is the same to the
-        # last bit; 61 is no model's width, as equal sizes would count as one
-        head = self.llm.get_output_embeddings()
-        weight = torch.zeros(head.weight.shape, device=self.device)            # not its own, which may be in shards
-        bias = None if head.bias is None else torch.zeros(len(weight), device=self.device)
-        hidden = torch.zeros(61, weight.shape[1], device=self.device, requires_grad=True)
-        targets = torch.zeros(61, dtype=torch.int64, device=self.device)
-        logps = ResponseLogps.apply(hidden, weight, bias, targets, self.chunk_functions)
-        torch.autograd.grad(logps.sum(), hidden)
-
-    def gradient_checkpointing(self):
-        """Keeps only each layer's input and recomputes the rest in the backward pass, in the encoder and in the LLM."""
-        for part in (self.vision, self.llm):
-            part.gradient_checkpointing_enable({
-                "use_reentrant": False,             # the reentrant kind loses gradients behind a frozen part
-                "preserve_rng_state": False})       # nothing is random in a layer, and keeping it waits for the GPU
-
-    def logps(self, images, questions, responses):
-        """Summed log-probability of each response, (B,) fp32: row by row, all logits, no padding. The oracle."""
-        sums = []
-        for image, question, response in zip(images, questions, responses, strict=True):
-            prompt, answer = self.chat.prompt_ids(question, self.n_image), self.chat.response_ids(response)
-            ids = torch.tensor([prompt + answer], device=self.device)
-            embeds = self.splice(ids, self.image_tokens(self.pixels([image]).to(self.device)))
-            logps = self.llm(inputs_embeds=embeds).logits.float().log_softmax(-1)[0]    # (T,V)
-            sums.append(sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(answer)))
-        return torch.stack(sums)
-
-    def read_prompts(self, images, questions):
-        """-> input embeddings (B,T,D) of all that precedes the responses, padded on the left; mask (B,T), 0 = padding
-
-        A picture that is the same object for several questions is encoded once."""
-        pictures, numbers = distinct(images)
-        rows = [self.chat.prompt_ids(question, self.n_image, i) for question, i in zip(questions, numbers, strict=True)]
-        T = max(map(len, rows))
-        ids = torch.tensor([[self.chat.pad_id] * (T - len(r)) + r for r in rows], device=self.device)
-        mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=self.device)
-        return self.splice(ids, self.image_tokens(self.pixels(pictures).to(self.device))), mask
-
-    @torch.no_grad()
-    def generate(self, images, questions, max_new_tokens=64, temperature=0.0):
-        """One answer a question, as text; greedy at temperature 0, else sampled.
-        Batched, with a KV cache."""
-        embeds, mask = self.read_prompts(images, questions)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        # the rest is spelt out because an instruct model ships defaults of its own, a repetition penalty among them
-        out = self.llm.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=True,
-            eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.pad_id,
-            **{"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0, **sampling})
-        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
-
-    def parts(self):
-        """The three parts by the names that flags and logs use"""
-        return {"vision": self.vision, "connector": self.connector, "llm": self.llm}
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ def write_pairs(model, questions, args):
     against the known answer.
 
     A question whose samples are all equally good teaches no preference: it is left out and counted."""
-    if os.path.exists(args.write_pairs):
-        raise InputError(f"--write_pairs {args.write_pairs} exists already; remove it or choose another name")
     folder, written, n_flat = os.path.dirname(os.path.abspath(args.write_pairs)), 0, 0
     rows, records, tokens = questions.rows, questions.records, args.max_new_tokens or questions.benchmark.tokens
+    if not hasattr(rows, "raw"):
+        raise InputError(f"--data {args.data} stands for several sets: name one")
     os.makedirs(folder, exist_ok=True)
     with open(args.write_pairs + ".tmp", "w") as f:
         for at in tqdm(range(0, len(records), args.batch_size), desc="pairs"):

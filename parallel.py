@@ -45,12 +45,12 @@ def wait():
         dist.barrier()
 
 
-def total(values):
-    """The sum over all processes of a number or a () tensor, or of each in a dict (the same keys everywhere)"""
+def all_sum(values):
+    """The sum over all processes of a number or a () tensor, or of each value of a dict (the same keys everywhere)"""
     if WORLD == 1:
         return values
     if not isinstance(values, dict):
-        return total({"": values})[""]
+        return all_sum({"": values})[""]
     device = next((value.device for value in values.values() if torch.is_tensor(value)), "cpu")
     sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
     dist.all_reduce(sums)
@@ -58,7 +58,7 @@ def total(values):
             for name, value in zip(values, sums)}
 
 
-def most(number):
+def all_max(number):
     """The largest over all processes"""
     return max(gather([number]))
 
@@ -72,7 +72,7 @@ def gather(value):
     return {k: v for each in found for k, v in each.items()} if isinstance(value, dict) else sum(found, [])
 
 
-def add_up_gradients(parameters):
+def all_reduce_gradients(parameters):
     """Every gradient becomes the sum of all processes'; a process that read nothing brings zeros. Shards are sums
     already."""
     parameters = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
@@ -91,13 +91,13 @@ def add_up_gradients(parameters):
 
 
 def shard(model):
-    """Splits every weight over the processes, layer by layer; `response_logps` brings them together as it goes."""
+    """Splits every weight over the processes, layer by layer; `token_logps` brings them together as it goes."""
     mesh = dist.init_device_mesh(model.device.type, (WORLD,))
     for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "response_logps")
+    register_fsdp_forward_method(model, "token_logps")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)                              # the sum, not the mean
@@ -105,7 +105,7 @@ def shard(model):
 
 
 @contextlib.contextmanager
-def at_hand(model):
+def unsharded(model):
     """While it lasts, every process has all weights of a sharded model, and may call its parts when and as often as it
     likes: to sample answers, of which each process has others. Moments and gradients stay in shards."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -119,7 +119,7 @@ def at_hand(model):
 
 
 @contextlib.contextmanager
-def together(model):
+def full_weights_on_rank0(model):
     """While it lasts, a sharded model has all of its weights, on the CPU of the first process: to be written."""
     shards, full = [], {}
     for module in model.modules():
@@ -130,7 +130,7 @@ def together(model):
             if isinstance(parameter, DTensor):
                 shards.append((module, name, parameter))
                 if parameter not in full:                                       # tied weights stay one
-                    full[parameter] = torch.nn.Parameter(for_the_first(parameter.detach()))
+                    full[parameter] = torch.nn.Parameter(full_on_rank0(parameter.detach()))
                 module._parameters[name] = full[parameter]
     yield
     for module, name, parameter in shards:
@@ -142,8 +142,8 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def for_the_first(tensor):
-    """... -> all of it on the CPU of the first process; of what was in shards, others get a 0"""
+def full_on_rank0(tensor):
+    """A DTensor -> all of it, on the CPU of the first process; the others get a 0. Other tensors as they are"""
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()
@@ -151,11 +151,11 @@ def for_the_first(tensor):
 
 
 def local(tensor):
-    """... -> this process's shard, or all of it if there are none"""
+    """A DTensor -> this process's shard; other tensors as they are"""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def split(tensor, like):
+def shard_like(tensor, like):
     """A whole tensor -> as `like` is: on its device, and this process's shard if `like` is one"""
     tensor = tensor.to(like.device, copy=True)
     return distribute_tensor(tensor, like.device_mesh, like.placements) \
@@ -165,8 +165,11 @@ def split(tensor, like):
 def global_norm(tensors, sharded=False):
     """Euclidean norm of many tensors as one vector, () fp32; `sharded`: each process has its part of them, as it has of
     DTensors"""
-    tensors = list(tensors)
-    if not tensors:
+    squares = []
+    for tensor in tensors:                                                      # one at a time: they may be made so
+        sharded = sharded or isinstance(tensor, DTensor)
+        squares.append(local(tensor.detach()).float().square().sum())
+    if not squares:
         return torch.tensor(0.0)
-    square = torch.stack([local(t.detach()).float().square().sum() for t in tensors]).sum()
-    return (total(square) if sharded or isinstance(tensors[0], DTensor) else square).sqrt()
+    square = torch.stack(squares).sum()
+    return (all_sum(square) if sharded else square).sqrt()

@@ -11,7 +11,7 @@ Data on the shelf: sets that come as archives are unpacked into rows.jsonl, and 
 
 `prepare` downloads once (or reads --from a folder that holds the files), writes one record a line, only the pictures
 that the records need, and manifest.json: what was read, kept and dropped, by reason, and the hash of every file. A
-second run goes on where the first was stopped. The rows are then --data DIR/rows.jsonl.
+second run chooses the rows again and keeps what is downloaded and unpacked. The rows are then --data DIR/rows.jsonl.
 
 PIVOT's selection (its mpo-make_jsons.py): the rows of all files in the order of meta.json, each file only up to its
 first row with several pictures; shuffled once with seed 777; .gif read as .jpg, only .jpg, .jpeg and .png; the picture
@@ -62,29 +62,29 @@ VLAA_REWARDS = {  # part of a picture's folder -> the reward of its questions (V
 parser = argparse.ArgumentParser(allow_abbrev=False, prog="data.py", description=__doc__,
                                  formatter_class=common.Help)
 commands = parser.add_subparsers(dest="command", required=True)
-get = commands.add_parser("prepare", formatter_class=common.Help, help="unpack a set that comes as archives")
-get.add_argument("name", help=f"one of {', '.join(SETS)}/CONFIG")
-get.add_argument("--out", required=True, help="folder to write rows.jsonl, images/ and manifest.json into")
-get.add_argument("--from", dest="folder", help="folder that holds the set's files already (default: download them)")
-get.add_argument("--n", type=common.positive,
-                 help="stop after this many records (default: 20000 of mmpr-v1.2, else all)")
-get.add_argument("--seed", type=int, default=777,
-                 help="of the order in which mmpr-v1.2 is walked through (PIVOT: 777)")
-get.add_argument("--tokenizer", default="Qwen/Qwen2.5-1.5B-Instruct", help="counts the tokens of mmpr-v1.2's rows")
-get.add_argument("--max_tokens", type=int, default=1500, help="longest question and chosen answer of mmpr-v1.2")
-look = commands.add_parser("show", formatter_class=common.Help, help="a contact sheet with text")
-look.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
-look.add_argument("--n", type=common.positive, default=8,
-                  help="how many pictures, drawn from the beginning of each source")
-look.add_argument("--weights", type=float, nargs="+", help="each source's share of the pictures")
-look.add_argument("--seed", type=int, default=0, help="another seed draws other records")
-look.add_argument("--out", default="runs/data.png", help="picture to write")
-test = commands.add_parser("check", formatter_class=common.Help, help="read every row, count those that cannot be used")
-test.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
-test.add_argument("--init", help="run whose tokenizer counts and shows the tokens (default: one made of the data)")
-test.add_argument("--n", type=common.positive, help="use only the first N rows of each")
-test.add_argument("--max_length", type=common.positive, default=2048, help="longest row in tokens, as in training")
-test.add_argument("--workers", type=common.whole_number, default=0, help="processes that decode pictures")
+flags = commands.add_parser("prepare", formatter_class=common.Help, help="unpack a set that comes as archives")
+flags.add_argument("name", help=f"one of {', '.join(SETS)}/CONFIG")
+flags.add_argument("--out", required=True, help="folder to write rows.jsonl, images/ and manifest.json into")
+flags.add_argument("--from", dest="folder", help="folder that holds the set's files already (default: download them)")
+flags.add_argument("--n", type=common.positive,
+                   help="stop after this many records (default: 20000 of mmpr-v1.2, else all)")
+flags.add_argument("--seed", type=int, default=777,
+                   help="of the order in which mmpr-v1.2 is walked through (PIVOT: 777)")
+flags.add_argument("--tokenizer", default="Qwen/Qwen2.5-1.5B-Instruct", help="counts the tokens of mmpr-v1.2's rows")
+flags.add_argument("--max_tokens", type=int, default=1500, help="longest question and chosen answer of mmpr-v1.2")
+flags = commands.add_parser("show", formatter_class=common.Help, help="a contact sheet with text")
+flags.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
+flags.add_argument("--n", type=common.positive, default=8,
+                   help="how many pictures, drawn from the beginning of each source")
+flags.add_argument("--weights", type=float, nargs="+", help="each source's share of the pictures")
+flags.add_argument("--seed", type=int, default=0, help="another seed draws other records")
+flags.add_argument("--out", default="runs/data.png", help="picture to write")
+flags = commands.add_parser("check", formatter_class=common.Help, help="read every row, count the bad ones")
+flags.add_argument("data", nargs="+", help="anything that --data of the training scripts takes")
+flags.add_argument("--init", help="run whose tokenizer counts and shows the tokens (default: one made of the data)")
+flags.add_argument("--n", type=common.positive, help="use only the first N rows of each")
+flags.add_argument("--max_length", type=common.positive, default=2048, help="longest row in tokens, as in training")
+flags.add_argument("--workers", type=common.whole_number, default=0, help="processes that decode pictures")
 
 
 # ---- files, in folders and in archives -------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def prepare(args):
                 break
     if not n:
         raise InputError(f"{args.name}: not one row can be used: {dict(dropped)}")
-    write_json(begun, asked)  # from here on another run must not go on with other settings
+    common.write_json(begun, asked)  # from here on another run must not go on with other settings
     files.unpack(list(entries), args.out)
     manifest = {"asked": asked, "hub": hub_id, "kept": n, "dropped": dict(dropped), "pictures": len(entries),
                 "rows_sha256": sha256(part),
@@ -367,7 +367,7 @@ def prepare(args):
                                  "sha256": sha256(os.path.join(folder, path))}
                           for path in tqdm(files.paths, desc="hash", unit="file")}, "versions": common.versions()}
     os.replace(part, os.path.join(args.out, "rows.jsonl"))
-    write_json(done, manifest)
+    common.write_json(done, manifest)
     shutil.rmtree(os.path.join(args.out, "annotations"), ignore_errors=True)  # MMPR's, unpacked
     common.print_table(f"{args.name}: {n} records, {len(entries)} pictures in {args.out}",
                        ["", "kept", *dropped], [["rows", n, *dropped.values()]])
@@ -383,13 +383,6 @@ def download(hub_id, patterns):
                          "name their folder by --from") from error
 
 
-def write_json(path, value):
-    """Writes a file, whole or not at all"""
-    with open(f"{path}.{os.getpid()}.tmp", "w") as f:
-        json.dump(value, f, indent=1)
-    os.replace(f.name, path)
-
-
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -402,14 +395,12 @@ def show(args):
     """Draws the contact sheet. Raises InputError, one line"""
     if not args.out.endswith(".png"):
         raise InputError(f"--out {args.out}: must end in .png")
-    for kind in ("pairs", "sft"):
-        try:
-            stream = Stream(args.data, kind, batch_size=4, n_steps=1, limit=4, buffer=10 * args.n, seed=args.seed,
-                            weights=args.weights)
-            break
-        except InputError as error:
-            if kind == "sft":
-                raise error
+    stream_of = lambda kind: Stream(args.data, kind, batch_size=4, n_steps=1, limit=4, buffer=10 * args.n,
+                                    seed=args.seed, weights=args.weights)
+    try:
+        stream = stream_of("pairs")
+    except InputError:
+        stream = stream_of("sft")
     rows, seen = [], set()
     for tree in stream.trees():
         known = {(part, number, k) for part, number, _, k in tree}

@@ -52,6 +52,7 @@ import scenes
 from features import Frozen, Pictures
 from model import MLLM, InputError
 from readers import linear_probe, prototype_probe, two_layer_probe
+from rows import Rows
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("encoders", nargs="+",
@@ -64,7 +65,8 @@ parser.add_argument("--classification", nargs="+", metavar="SOURCE",
 parser.add_argument("--segmentation", nargs="+", metavar="SOURCE",
                     help="IMAGES MASKS [TEST_IMAGES TEST_MASKS] folders, or one hub id or parquet folder "
                          "(default, if no other data is named: the drawn world)")
-parser.add_argument("--void", type=int, default=255, help="mask value of pixels that belong to no class")
+parser.add_argument("--void", type=common.whole_number, default=255,
+                    help="mask value of pixels that belong to no class (harmless where there is none)")
 parser.add_argument("--maps",
                     help="pairs with boxes for the gradient maps: scenes/SPLIT/TASK or a .jsonl file "
                          "(default, if no other data is named: scenes/test/maps)")
@@ -80,14 +82,16 @@ parser.add_argument("--through_connector", action="store_true",
                     help="read what the connector makes of the features, for 1 and 2 (run directories only)")
 parser.add_argument("--feature_layer", type=int,
                     help="layer of encoders that do not say which, as an index of hidden_states (default: -2)")
-parser.add_argument("--n", type=int, default=2000,
+parser.add_argument("--n", type=common.positive, default=2000,
                     help="drawn pictures for classification; an eighth for segmentation, a fifth for captions, a tenth "
                          "for maps. Of own captions: the first N")
-parser.add_argument("--seeds", type=int, default=3, help="probe seeds to average over")
-parser.add_argument("--max_patches", type=int, default=200_000,
+parser.add_argument("--seeds", type=common.positive, default=3, help="probe seeds to average over")
+parser.add_argument("--max_patches", type=common.positive, default=200_000,
                     help="patches, drawn at random, that the linear segmentation head learns from at most")
-parser.add_argument("--beta", type=float, default=0.1, help="of the DPO loss in the gradient maps")
-parser.add_argument("--batch_size", type=int, default=128, help="pictures a forward pass")
+parser.add_argument("--beta", type=float, default=0.1,
+                    help="of the DPO loss in the gradient maps, whose reference is the run's parent if that is named "
+                         "before it, else the run itself")
+parser.add_argument("--batch_size", type=common.positive, default=128, help="pictures a forward pass")
 parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 0,
                     help="processes that decode pictures ahead (default: 8 on a GPU, else 0)")
 parser.add_argument("--cache",
@@ -109,7 +113,7 @@ def patch_labels(mask, grid, patch, void):
     return np.where(counts.sum(1) > 0, counts.argmax(1), -1)
 
 
-@functools.lru_cache(maxsize=4)  # most encoders have one grid: masks are read once
+@functools.lru_cache(maxsize=4)  # usually all encoders have the same grid: masks are read once
 def labels_of(masks, grid, patch, void):
     """Pictures of labels -> (n,N)"""
     return np.stack([patch_labels(masks.mask(i), grid, patch, void)
@@ -166,9 +170,10 @@ def segment_pictures(frozen, sets, args, n_seeds):
     patch = frozen.encoder.vision.config.patch_size * frozen.encoder.grid[0] // frozen.grid[0]
     train_y, test_y = (labels_of(masks, frozen.grid, patch, args.void) for masks in (train_masks, test_masks))
     train_x, test_x = (frozen(pictures, "patches") for pictures in (train, test))       # (n,N,D)
-    n_classes, device, flat = int(max(train_y.max(), test_y.max())) + 1, frozen.encoder.device, (-1, train_x.shape[2])
+    n_classes, device = int(max(train_y.max(), test_y.max())) + 1, frozen.encoder.device
+    flat = lambda x: x.reshape(-1, x.shape[2])                                          # (n,N,D) -> (n N,D)
     picture = np.arange(len(train_y)).repeat(train_y.shape[1])
-    linear = linear_probe(train_x.reshape(flat), train_y.reshape(-1), test_x.reshape(flat), n_classes, n_seeds,
+    linear = linear_probe(flat(train_x), train_y.reshape(-1), flat(test_x), n_classes, n_seeds,
                           device, picture, args.max_patches)[..., 0].reshape(n_seeds, *test_y.shape)
     two_layer = two_layer_probe(train_x, train_y, test_x, n_classes, n_seeds, device, frozen.name)
     values = {}
@@ -182,8 +187,8 @@ def segment_pictures(frozen, sets, args, n_seeds):
 def map_values(scores):
     """What map_scores found -> {measure: (values (1,n) or (1,n,2), statistic)}
 
-    A share of energy is the mean of the pictures' shares; of a loss it is taken of all pictures' gradients together, as
-    a batch adds them up: pair by pair a loss has the map of its objective."""
+    The energy share of an objective is averaged over pictures. That of a loss is the sum of all gradients inside the
+    boxes over the sum of all gradients, because a batch adds gradients up; for one pair it equals its objective's."""
     together, values = (lambda v: float(v[..., 0].sum() / v[..., 1].sum())), {}
     for name, v in scores.items():
         if not name.startswith("energy"):
@@ -198,17 +203,16 @@ def map_values(scores):
 def summarise(table, first, seed):
     """{row: {measure: (values (seeds, pictures, ...), statistic)}}
     -> {row: {measure: {"value": [mean, low, high], "vs_first": [...] or None, "per_seed": [...]}}}"""
-    interval = lambda number, draws: [number, *np.quantile(draws, [.025, .975]).tolist()]
     boot = {(row, measure): common.bootstrap(lambda draw: statistic(v[:, draw]), v.shape[1], seed)
             for row, measures in table.items() for measure, (v, statistic) in measures.items()}
     result = {row: {} for row in table}
     for (row, measure), draws in boot.items():
         v, statistic = table[row][measure]
-        cell = result[row][measure] = {"value": interval(statistic(v), draws), "vs_first": None,
+        cell = result[row][measure] = {"value": common.interval(statistic(v), draws), "vs_first": None,
                                        "per_seed": [statistic(one[None]) for one in v]}
         if measure in table[first] and row != first:                                    # the same draws: paired
             difference = statistic(v) - statistic(table[first][measure][0])
-            cell["vs_first"] = interval(difference, draws - boot[first, measure])
+            cell["vs_first"] = common.interval(difference, draws - boot[first, measure])
     return result
 
 
@@ -250,8 +254,6 @@ def check_box(record, name):
 def sets_to_ask_of(args, runs, llms):
     """The sets that were named, or all of the drawn world -> what `features.classification_data` and
     `features.segmentation_data` give, or None; pairs and captions (`rows.Rows`, or []); pictures for the movement"""
-    if args.seeds < 1 or args.n < 1:
-        raise InputError("--seeds and --n must be at least 1")
     if args.through_connector and len(runs) < len(args.encoders):
         raise InputError("--through_connector: only run directories have a connector; leave other encoders out")
     if args.maps and not runs:
@@ -275,6 +277,8 @@ def sets_to_ask_of(args, runs, llms):
         source = args.captions or own_world
         n = max(4 * alignment.K, args.n // 5) if data.is_drawn(source) else args.n
         captions = data.load(source, "captions", n, args.seed)
+        if not isinstance(captions, (Rows, scenes.Scenes)):
+            raise InputError(f"--captions {source} stands for several sets: name one")
         if len(captions) <= alignment.K + 1:
             raise InputError(f"--captions {source}: {len(captions)} rows are too few for {alignment.K} neighbours")
     any_pictures = classification[2] if classification else segmentation[2] if segmentation else \
@@ -286,7 +290,7 @@ def main():
     args = parser.parse_args()
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} exists already; remove it or choose another name")
-    device, autocast = common.setup(args.seed, "highest")                               # line searches mind rounding
+    device, autocast = common.setup(args.seed, "highest")                               # TF32 would stall line searches
     parallel.wait()                                                                     # all have looked for --out
     names, runs = common.names(args.encoders), [source for source in args.encoders if features.is_run(source)]
     first, llms = names[0], args.llms or runs[:1]
@@ -315,8 +319,9 @@ def main():
             if classification:
                 values.update(classify_pictures(frozen, classification, args, n_seeds))
             if segmentation:
-                found, *predictions[name] = segment_pictures(frozen, segmentation, args, n_seeds)
-                if start and frozen.grid != start["grid"]:                              # other patches, other truth
+                found, *drawn = segment_pictures(frozen, segmentation, args, n_seeds)
+                predictions.setdefault(name, drawn)                                     # of a random one the first draw
+                if start and frozen.grid != start["grid"]:                              # other labels, own rows
                     found = {f"{m}, {frozen.grid[0]}x{frozen.grid[1]} patches": v for m, v in found.items()}
                 values.update(found)
             if words:
@@ -325,9 +330,10 @@ def main():
                 found, layer_pairs[f"{name}, {llm}"] = alignment.alignment(by_picture, by_caption)
                 values.update({f"alignment {llm}, {which}": (v, mean) for which, v in found.items()})
             if pairs and isinstance(encoder, MLLM) and draw is None:                    # no LLM reads a random encoder
-                reference = margins_of.get(parent_of(source))                           # else the run is its own
+                reference = margins_of.get(parent_of(source))                           # None: the run is its own
                 scores, drawn_maps, margins_of[os.path.realpath(source)] = maps.map_scores(
-                    encoder, pairs, max(1, args.batch_size // 8), autocast, f"{name} maps", reference, args.beta)
+                    encoder, pairs, max(1, args.batch_size // 8),                       # two answers, and backward too
+                    autocast, f"{name} maps", reference, args.beta)
                 values.update(map_values(scores))
                 for file, places in (("maps", ["tokens"]), ("pixel_maps", ["pixels", "input"])):
                     figures.draw_maps(os.path.join(folder, f"{file}_{name}.png"), pairs, drawn_maps, name, places)

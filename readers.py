@@ -1,5 +1,5 @@
 """
-Readers of frozen features: what can be found in them, with how much help? For probe.py.
+Probes of frozen features: what can be found in them, with how much help? For probe.py.
 
 Logistic regression and a two-layer head are trained, class prototypes only averaged. All take features as arrays, on
 disk or in memory, and work through them in parts, so that ImageNet fits.
@@ -16,9 +16,9 @@ STRENGTHS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]  # of the L2 penalty, relative to the
 CHUNK = 2**26                               # numbers held at a time, whatever the size of the set
 
 
-class Rows:
-    """Rows of a feature array (n,D), on disk or in memory, standardised by their own mean and deviation or by those of
-    `like` (test rows by the training rows'). What fits is read once and stays on `device`."""
+class Standardised:
+    """Rows of a feature array (n,D), on disk or in memory, standardised by their own mean and standard deviation or by
+    those of `like` (test rows by the training rows'). What fits is read once and stays on `device`."""
 
     def __init__(self, x, device="cpu", like=None):
         self.x, self.device = x, device
@@ -55,7 +55,7 @@ def fit_linear(rows, numbers, y, n_classes, strengths=STRENGTHS):
     weights = torch.zeros(len(rows.mean) + 1, n_classes, device=rows.device, requires_grad=True)
     solutions = []
     for strength in strengths:
-        optimizer = torch.optim.LBFGS([weights], max_iter=1000, max_eval=1250, history_size=20, tolerance_grad=1e-5,
+        optimizer = torch.optim.LBFGS([weights], max_iter=1000, history_size=20, tolerance_grad=1e-5,
                                       line_search_fn="strong_wolfe")
 
         def closure():
@@ -64,7 +64,7 @@ def fit_linear(rows, numbers, y, n_classes, strengths=STRENGTHS):
             penalty.backward()
             total = penalty.detach()
             for i, (which, labels) in enumerate(parts):
-                logits = classify(held[i] if held else rows[which], weights)            # (n,C)
+                logits = linear(held[i] if held else rows[which], weights)            # (n,C)
                 loss = F.cross_entropy(logits, labels, reduction="sum") / len(numbers)
                 loss.backward()
                 total += loss.detach()
@@ -75,13 +75,13 @@ def fit_linear(rows, numbers, y, n_classes, strengths=STRENGTHS):
     return torch.stack(solutions)
 
 
-def classify(x, weights):
+def linear(x, weights):
     """x (n,D), weights (D+1,C) -> logits (n,C)"""
     return x @ weights[:-1] + weights[-1]
 
 
-def best_first(rows, numbers, logits_of, n_classes, k=1):
-    """The k classes with the largest logits of each of the rows `numbers`, best first: (len(numbers),k)"""
+def top_k(rows, numbers, logits_of, n_classes, k=1):
+    """The k classes with the largest logits for each of the rows `numbers`, the largest first: (len(numbers),k)"""
     chunk = max(1, CHUNK // max(n_classes, len(rows.mean)))
     parts = [logits_of(rows[numbers[at:at + chunk]]) for at in range(0, len(numbers), chunk)]
     return np.concatenate([logits.topk(min(k, n_classes), -1).indices.cpu().numpy() for logits in parts])
@@ -93,8 +93,8 @@ def linear_probe(train_x, train_y, test_x, n_classes, n_seeds, device="cpu", gro
 
     `groups` (n,) names the picture of each training row, so that patches of one picture are not split apart. Rows of
     label -1 are left out; of more than `max_rows` a random part is used."""
-    train, predictions = Rows(train_x, device), []
-    test = Rows(test_x, device, like=train)
+    train, predictions = Standardised(train_x, device), []
+    test = Standardised(test_x, device, like=train)
     groups = np.arange(len(train_x)) if groups is None else groups
     for seed in range(n_seeds):
         rng = np.random.default_rng(seed)
@@ -105,10 +105,10 @@ def linear_probe(train_x, train_y, test_x, n_classes, n_seeds, device="cpu", gro
         held_out = np.isin(groups[used], rng.permutation(pictures)[:max(1, len(pictures) // 5)])
         fit, check = used[~held_out], used[held_out]
         weights = fit_linear(train, fit, train_y[fit], n_classes)                       # (S,D+1,C)
-        right = [(best_first(train, check, partial(classify, weights=w), n_classes)[:, 0] == train_y[check]).mean()
+        right = [(top_k(train, check, partial(linear, weights=w), n_classes)[:, 0] == train_y[check]).mean()
                  for w in weights]
-        best = partial(classify, weights=weights[int(np.argmax(right))])
-        predictions.append(best_first(test, np.arange(len(test_x)), best, n_classes, k))
+        best = partial(linear, weights=weights[int(np.argmax(right))])
+        predictions.append(top_k(test, np.arange(len(test_x)), best, n_classes, k))
     return np.stack(predictions)
 
 
@@ -118,10 +118,8 @@ def prototype_probe(train_x, train_y, test_x, n_classes, device="cpu", k=1):
     sums, chunk = torch.zeros(n_classes, train_x.shape[1], device=device), max(1, CHUNK // train_x.shape[1])
     read = lambda x, at: F.normalize(torch.from_numpy(np.array(x[at:at + chunk])).to(device), dim=-1)
     for at in range(0, len(train_x), chunk):
-        labels = torch.from_numpy(train_y[at:at + chunk]).to(device)
-        sums.index_add_(0, labels[labels >= 0], read(train_x, at)[labels >= 0])
-    counts = np.bincount(train_y[train_y >= 0], minlength=n_classes)
-    counts = torch.from_numpy(counts).to(device)
+        sums.index_add_(0, torch.from_numpy(train_y[at:at + chunk]).to(device), read(train_x, at))
+    counts = torch.from_numpy(np.bincount(train_y, minlength=n_classes)).to(device)
     prototypes, unseen = sums / counts.clamp(min=1)[:, None], counts == 0               # (C,D), (C,)
     likeness = lambda at: (read(test_x, at) @ prototypes.T).masked_fill(unseen, -torch.inf)
     return np.concatenate([likeness(at).topk(min(k, n_classes), -1).indices.cpu().numpy()
@@ -136,8 +134,9 @@ def two_layer_probe(train_x, train_y, test_x, n_classes, n_seeds, device="cpu", 
     steps), weight decay .01, hidden width 1024 (for a small D 4 D), 5 epochs; but steps of 16 pictures, not 32, and
     never fewer than 1500, since a small set is not learnt in 5 epochs. Nothing is chosen on held-out rows."""
     (n, N, D), batch = train_x.shape, min(16, len(train_x))
-    train = Rows(train_x.reshape(-1, D), device)
-    test, hidden, steps = Rows(test_x.reshape(-1, D), device, like=train), min(1024, 4 * D), max(1500, 5 * n // batch)
+    train = Standardised(train_x.reshape(-1, D), device)
+    test = Standardised(test_x.reshape(-1, D), device, like=train)
+    hidden, steps = min(1024, 4 * D), max(1500, 5 * n // batch)
     predictions, labels = [], torch.from_numpy(train_y).to(device)
     for seed in range(n_seeds):
         rng = np.random.default_rng(seed)
@@ -158,5 +157,5 @@ def two_layer_probe(train_x, train_y, test_x, n_classes, n_seeds, device="cpu", 
             optimizer.zero_grad()
             schedule.step()
         with torch.no_grad():
-            predictions.append(best_first(test, np.arange(len(test.x)), head, n_classes)[:, 0].reshape(-1, N))
+            predictions.append(top_k(test, np.arange(len(test.x)), head, n_classes)[:, 0].reshape(-1, N))
     return np.stack(predictions)

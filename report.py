@@ -21,8 +21,9 @@ import numpy as np
 from safetensors.torch import load_file
 
 import common
-from comparison import markdown, turned
-from figures import color_of, plt
+from comparison import markdown
+from figures import color_of, plt, save
+from model import read_json
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("seeds", nargs="+", help="one folder a seed, as speedrun.sh or transplant.sh makes it")
@@ -41,11 +42,11 @@ CONTRASTS = {  # a - b: what it asks
     ("more", "stage1"): "would training on do it?", ("dpo", "sft_slow"): "is it the rate? both at the lower",
     ("dpo_fast", "sft"): "is it the rate? both at the higher", ("dpo", "sft_long"): "is it DPO's longer text?",
     ("dpo", "sft_drift"): "is it that DPO moves less? SFT stopped early",
-    ("dpo_fast", "sft_slow"): "is it that DPO moves less? much the same drift",
+    ("dpo_fast", "sft_slow"): "is it that DPO moves less? rates swapped",
     ("dpo", "other"): "would any contrast do?", ("warm_sft", "sft"): "is SFT's harm the shock of a new style?",
     ("warm_sft", "sft_long"): "or is it the second half of the steps?",
     ("warm_sft", "warm"): "does SFT harm after the shock?", ("warm_dpo", "warm_sft"): "DPO or SFT after the shock?",
-    ("dpo_sft", "dpo"): "what does an SFT term add?", ("mpo", "dpo_fast"): "what does MPO add? at one rate",
+    ("dpo_sft", "dpo"): "what does an SFT term add?", ("mpo", "dpo_fast"): "what does MPO add? SFT's rate for both",
     ("grpo_half", "sft_grpo"): "does SFT before GRPO hurt?"}
 MEASURES = {  # key -> (heading, file, path inside its table)
     "decoded": ("vision questions, as decoded", "vqa", ("vision-centric", "decoded")),
@@ -75,16 +76,13 @@ PROBED = {"logistic top-1": "probe: shape of the red object",
           "alignment start, read layer": "probe: alignment with start's LLM"}
 COLUMNS = {(c, kind): f"{ASKED[kind]}, {CONNECTORS[c]}" for c in CONNECTORS for kind in ASKED} | \
     {("probe", measure): heading for measure, heading in PROBED.items()}
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond ten seeds the last, which is a bit too wide
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
-def read_json(*path):
-    path = os.path.join(*path)
-    if not os.path.isfile(path):
-        raise SystemExit(f"{path} is missing: the study makes it")
-    with open(path) as f:
-        return json.load(f)
+def results(*folder):
+    """The table that probe.py or eval_vqa.py left in a folder: {row: {column: ...}}"""
+    return read_json(os.path.join(*folder, "results.json"))["table"]
 
 
 def read_log(run):
@@ -94,7 +92,7 @@ def read_log(run):
     return {key: np.array([line.get(key, np.nan) for line in lines]) for key in lines[0]}
 
 
-def moved(start, run):
+def drift(start, run):
     """How far the vision encoder of a run is from that of its start: |w - w0| / |w0|"""
     before, after = (load_file(os.path.join(each, "vision", "model.safetensors")) for each in (start, run))
     square = lambda tensors: sum(float(tensor.double().square().sum()) for tensor in tensors)
@@ -104,7 +102,7 @@ def moved(start, run):
 def flops_of(seed, arm):
     """FLOPs of the optimiser steps that made an arm out of stage 1, those of a run between them included; None if they
     were not counted"""
-    config = read_json(seed, arm, "config.json")
+    config = read_json(os.path.join(seed, arm, "config.json"))
     parent = os.path.basename(config["parent"] or "")
     before = 0 if parent in ("", "stage1") else flops_of(seed, parent)
     return None if None in (before, config["flops"]) else before + config["flops"]
@@ -112,7 +110,7 @@ def flops_of(seed, arm):
 
 def read(seed):
     """One seed's folder -> {measure: {arm: value}}, {arm: FLOPs of its steps}"""
-    tables = {file: read_json(seed, file, "results.json")["table"] for file in ("probe", "vqa", "swap")}
+    tables = {file: results(seed, file) for file in ("probe", "vqa", "swap")}
     found = {measure: {} for measure in MEASURES}
     for measure, (_, file, path) in MEASURES.items():
         for arm in ARMS:
@@ -120,7 +118,7 @@ def read(seed):
             if cell:
                 found[measure][arm] = cell[path[1]][0]
     arms = [arm for arm in ARMS if arm in tables["vqa"]]
-    found["drift"] = {arm: moved(os.path.join(seed, "stage1"), os.path.join(seed, arm)) for arm in arms}
+    found["drift"] = {arm: drift(os.path.join(seed, "stage1"), os.path.join(seed, arm)) for arm in arms}
     return found, {arm: flops_of(seed, arm) for arm in arms}
 
 
@@ -142,9 +140,10 @@ def summarise(seeds):
             for m, arms in values.items()}
     differences = {f"{a} - {b}": {m: paired(v[a], v[b]) for m, v in values.items() if a in v and b in v}
                    for a, b in CONTRASTS if a in values["decoded"] and b in values["decoded"]}
+    counted = [arm for arm in flops[0] if all(each.get(arm) for each in flops)
+               and arm != "sft_grpo"]  # whose answers grow shorter: no step of it stands for all
     return {"rows": rows, "differences": differences,
-            "flops": {arm: float(np.mean([each[arm] for each in flops])) for arm in flops[0]
-                      if all(each.get(arm) for each in flops)}}
+            "flops": {arm: float(np.mean([each[arm] for each in flops])) for arm in counted}}
 
 
 def difference_text(d):
@@ -164,7 +163,7 @@ def study_tables(result, n_seeds):
                   *(difference_text(d[m]) if m in d else "" for m in SHOWN)]
                  for (a, b), question in CONTRASTS.items() for d in [result["differences"].get(f"{a} - {b}")] if d]
     return [(f"%, mean of {n_seeds} seed(s)", ["", *(heading for heading, _, _ in MEASURES.values()),
-                                                "10^12 FLOPs: its second step's, times its steps"],
+                                                "10^12 FLOPs of the optimiser's steps: the second's, times all"],
              lines),
             (f"paired differences in %-points [95 % interval over {n_seeds} seeds]" if n_seeds > 1 else
              "paired differences in %-points; n = 1: not resolved",
@@ -182,11 +181,11 @@ def sentences(result, n_seeds):
                     f"{at('decoded', 'sft')} after SFT and {at('decoded', 'dpo')} after DPO on the same pairs; "
                     f"reading what follows \"answer is\": {at('extracted', 'stage1')}, "
                     f"{at('extracted', 'sft')} and {at('extracted', 'dpo')} ({spread}). Read by stage 1's connector "
-                    f"and LLM, its own encoder is worth {at('swap', 'stage1')} of them, the encoder of SFT "
-                    f"{at('swap', 'sft')}, of DPO {at('swap', 'dpo')}.")
+                    f"and LLM, stage 1's own encoder gets {at('swap', 'stage1')} of them right, SFT's "
+                    f"{at('swap', 'sft')} and DPO's {at('swap', 'dpo')}.")
     if has("sft", "warm_sft", "warm_dpo"):
-        text.append("After a warm-up of connector and LLM on other pairs, with the encoder frozen, the encoder of SFT "
-                    f"is worth {at('swap', 'warm_sft')} and that of DPO {at('swap', 'warm_dpo')}.")
+        text.append("After a warm-up of connector and LLM on other pairs, with the encoder frozen, SFT's encoder "
+                    f"gets {at('swap', 'warm_sft')} and DPO's {at('swap', 'warm_dpo')}.")
     if has("grpo"):
         text.append(f"After GRPO on its own answers to as many pictures: {at('decoded', 'grpo')} as taught" +
                     (f", and {at('decoded', 'sft_grpo')} if half of those pictures went into SFT before it."
@@ -197,14 +196,13 @@ def sentences(result, n_seeds):
                 f"{at('area', 'stage1')} of the picture (in part by construction: only the box tells the answers "
                 "apart).")
     if rows["restricted"]["stage1"]["mean"] < .9:
-        text.append("Stage 1 stopped before it had learnt all it could: a larger STAGE1_STEPS trains it for longer.")
-    if "dpo - sft" in diff:
+        text.append(f"Stage 1 gets {at('restricted', 'stage1')} right: a larger STAGE1_STEPS may take it further.")
+    if "dpo - sft" in diff and n_seeds == 1:
+        text.append('DPO minus SFT: n = 1: not resolved. SEEDS="0 1 2" bash speedrun.sh repeats the study, paired.')
+    elif "dpo - sft" in diff:
         unresolved = [MEASURES[m][0] for m, d in diff["dpo - sft"].items() if m in (*SHOWN, "knowledge", "alignment")
-                      and (d["low"] is None or d["low"] <= 0 <= d["high"])]
-        if n_seeds == 1:
-            text.append("DPO minus SFT: n = 1: not resolved. "
-                        'SEEDS="0 1 2" bash speedrun.sh repeats the study, paired.')
-        elif unresolved:
+                      and d["low"] <= 0 <= d["high"]]
+        if unresolved:
             text.append(f"DPO minus SFT is not resolved by {n_seeds} seeds (interval holds 0) for: "
                         f"{'; '.join(unresolved)}.")
     return text
@@ -219,7 +217,7 @@ def dots(axis, y, values, color, low=None, high=None):
     axis.plot([values.mean()] * 2, [y - .35, y + .35], color=color, linewidth=2)
 
 
-def lines_of(axis, names, title, first):
+def frame(axis, names, title, first):
     """The frame of a panel of `dots`: names at the left of the first panel of a row"""
     axis.set_yticks(range(0, -len(names), -1), names if first else [""] * len(names), fontsize=8)
     axis.set_ylim(-len(names) + .4, .6)
@@ -240,12 +238,12 @@ def draw(path, result, seeds, text):
     for column, measure in enumerate(SHOWN):
         place = slice(10 * column + (2 if column else 0), 10 * column + 10)
         axis = figure.add_subplot(grid[0, place])
-        lines_of(axis, [ARMS[arm] for arm in arms], MEASURES[measure][0] + ", %", column == 0)
+        frame(axis, [ARMS[arm] for arm in arms], MEASURES[measure][0] + ", %", column == 0)
         for y, arm in enumerate(arms):
             if arm in rows[measure]:
                 dots(axis, -y, rows[measure][arm]["per_seed"], colors[arm])
         axis = figure.add_subplot(grid[1, place])
-        lines_of(axis, [f"{ARMS[a]} minus {ARMS[b]}" for a, b in pairs],
+        frame(axis, [f"{ARMS[a]} minus {ARMS[b]}" for a, b in pairs],
                  "paired differences, %-points" if column else
                  "a dot a seed" + (", line: 95 % interval" if len(seeds) > 1 else "; n = 1: not resolved"), column == 0)
         axis.axvline(0, color="0.5", linewidth=.8)
@@ -281,11 +279,11 @@ def draw(path, result, seeds, text):
 
 def read_transplant(seed):
     """One seed's folder -> {(encoder, *column): share right among candidates, or a probe's score}, {run: FLOPs}"""
-    asked, probed = (read_json(seed, file, "results.json")["table"] for file in ("vqa", "probe"))
+    asked, probed = results(seed, "vqa"), results(seed, "probe")
     values = {(*row.split("."), kind): cells[kind]["restricted"][0] for row, cells in asked.items() for kind in ASKED}
     values |= {(row, "probe", measure): cells[measure]["value"][0]
                for row, cells in probed.items() for measure in PROBED}
-    return values, {run: read_json(seed, run, "config.json")["flops"]
+    return values, {run: read_json(os.path.join(seed, run, "config.json"))["flops"]
                     for run in ("start", "more", "sft", "dpo", "large", "start.linear")}
 
 
@@ -329,8 +327,7 @@ def draw_transplant(path, values):
         axis.set_ylim(0, 103)
         axis.set_ylabel("%" if key[0] == "probe" else "% right among candidates", fontsize=8)
     figure.suptitle("the transplant: a fresh LLM learns to read each frozen encoder (dots: seeds)", fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def write(out, contents, tables, text, draw_into):
@@ -339,11 +336,9 @@ def write(out, contents, tables, text, draw_into):
         common.print_table(*table)
     print("\n" + "\n".join(text))
     os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "report.json.tmp"), "w") as f:
-        json.dump({"versions": common.versions(), **contents, "text": text}, f, indent=1)
-    os.replace(f.name, os.path.join(out, "report.json"))
+    common.write_json(os.path.join(out, "report.json"), {"versions": common.versions(), **contents, "text": text})
     with open(os.path.join(out, "report.md"), "w") as f:
-        f.write(markdown([turned(*table) for table in tables]) + "\n" + "\n\n".join(text) + "\n")
+        f.write(markdown(tables) + "\n" + "\n\n".join(text) + "\n")
     draw_into(os.path.join(out, "report.png"))
     print(f"wrote {out}/report.json, report.md and report.png")
 

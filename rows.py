@@ -25,7 +25,7 @@ from trees import cut
 FIELDS = {"sft": ("image", "question", "answer"), "vqa": ("image", "question", "answer"),
           "score": ("image", "question", "answer"),  # as "vqa", and pairs are welcome
           "pairs": ("image", "question", "chosen", "rejected"), "captions": ("image", "caption")}
-NOT_IN_FORM = (KeyError, IndexError, TypeError, AttributeError)  # how a row shows that it is not what its columns say
+NOT_IN_FORM = (KeyError, IndexError, TypeError, AttributeError)  # raised by a row that is not what its columns say
 STAND_INS = {"sft": ("chosen",), "score": ("chosen",),  # what will do for a kind's last field
              "captions": ("text", "answer", "chosen")}
 
@@ -50,8 +50,8 @@ class Nested(Sequence):
 
 
 class Rows:
-    """Any source of rows as a sequence of records. `kind` says which fields a record must have: "sft", "vqa", "pairs"
-    or "captions" (an answer will do for one; of a list of captions the first is taken).
+    """Any source of rows as a sequence of records. `kind` says which fields a record must have: "sft", "vqa", "score"
+    (as "vqa"; a pair's chosen answer will do), "pairs" or "captions" (an answer will do; of several the first counts).
 
     For "sft" a preference row is welcome: its chosen text is the answer, so that both arms can read the very same rows.
     A row that asks several questions about its picture counts as many times."""
@@ -98,11 +98,6 @@ class Rows:
             lengths = pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy()
             yield from np.maximum(1, -(-lengths // self.form.items))
 
-    def _columns(self, column):
-        """A hub column in parts, as plain lists; arrow: bytes, undecoded"""
-        for part in self.rows.select_columns([column]).with_format("arrow").iter(1000):
-            yield part[column].to_pylist()
-
     def trees(self, limit):
         """Row numbers grouped by picture, at most `limit` a group, in the order of the rows"""
         if limit < 1:
@@ -134,7 +129,8 @@ class Rows:
             return
         if self.is_hub:
             column = "image" if "image" in self.rows.column_names else "images"
-            pictures = (picture for part in self._columns(column) for picture in part)
+            parts = self.rows.select_columns([column]).with_format("arrow").iter(1000)  # arrow: bytes, undecoded
+            pictures = (picture for part in parts for picture in part[column].to_pylist())
         else:
             pictures = (row.get("image") or row.get("images") for row in self.rows)
         for i, picture in enumerate(itertools.islice(pictures, len(self))):

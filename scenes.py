@@ -2,8 +2,9 @@
 The embedded default: a drawn world of coloured shapes, and tiny models to look at it.
 
 A scene is one to four shapes, all of different shape and colour, each in its own cell of a 3x3 grid, drawn on a dark
-noisy ground. From it come pictures, captions, descriptions, questions with answers, the asked object's box, a per-pixel
-mask, and preference pairs. Everything is drawn on demand from (seed, split, index): no files, no download, any length.
+noisy ground (the world "large": up to five, textured, over the borders of their cells). From it come pictures,
+captions, descriptions, questions with answers, the asked object's box, a per-pixel mask, and preference pairs.
+Everything is drawn on demand from (seed, split, index): no files, no download, any length.
 
     python scenes.py                        a contact sheet, runs/scenes.png, with the text beside each picture
     python scenes.py --out my_world         the same rows as JSONL and PNG files, the format of your own data
@@ -24,14 +25,14 @@ from PIL import Image
 CELL, SIDE = 12, 3                       # pixels a cell, cells a side: pictures of 36x36 pixels
 SIZE = CELL * SIDE
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
-COLORS = {"red": (255, 85, 80), "green": (80, 255, 85), "blue": (85, 80, 255),  # equally bright
+COLORS = {"red": (255, 85, 80), "green": (80, 255, 85), "blue": (85, 80, 255),  # channels add up to 420
           "yellow": (195, 195, 30), "purple": (195, 30, 195), "cyan": (30, 195, 195)}
 PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 SPLITS = {"train": range(0, 80), "tune": range(80, 90), "test": range(90, 100)}  # per cent of all layouts
 SHORT_KINDS = ["color", "shape", "place"]  # each asks one attribute of one object
 VISION_KINDS = SHORT_KINDS + ["relation", "count", "existence"]
-KNOWLEDGE_KINDS = ["sum", "corners", "mix"]
+KNOWLEDGE_KINDS = ["sum", "corners", "mix"]  # need no picture: if these fall too, it was not (only) sight that was lost
 PAIRS = {                                # task -> its style, and how often an object is misread in chosen and rejected
     "foreign": ("foreign", .15, .45), "foreign_exact": ("foreign", 0, .45), "foreign_poor": ("foreign", .45, .6),
     "taught_poor": ("taught", .15, .45)}
@@ -70,10 +71,10 @@ def box_of(inside):
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
 
-def draw_picture(rng, scene, noise=.05):
-    """Each shape in the middle of its cell, or up to a pixel left of it and above. `noise`: twice its standard
-    deviation, in full brightnesses -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index,
-    boxes {cell: (x0,y0,x1,y1) in pixels}"""
+def draw_picture(rng, scene, noise=.025):
+    """Each shape in the middle of its cell, or a pixel left of it or above. `noise`: its standard deviation, as a share
+    of full brightness -> picture (36x36 RGB), mask (36,36) uint8 with 0 = ground and 1 + shape index, boxes
+    {cell: (x0,y0,x1,y1) in pixels}"""
     image = np.full((SIZE, SIZE, 3), 40.0)
     mask, boxes = np.zeros((SIZE, SIZE), np.uint8), {}
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -83,7 +84,7 @@ def draw_picture(rng, scene, noise=.05):
                             x - cell % SIDE * CELL - dx - (CELL - 1) / 2, radius=5)
         image[inside] = np.array(COLORS[color]) * rng.normal(1, .08, 3)
         mask[inside], boxes[cell] = 1 + SHAPES.index(shape), box_of(inside)
-    image += rng.normal(0, 255 * noise * .5, image.shape)
+    image += rng.normal(0, 255 * noise, image.shape)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8)), mask, boxes
 
 
@@ -118,7 +119,7 @@ def draw_large(rng, scene, size=96):
 
 
 WORLDS = {"scenes": (draw_picture, 4),                                  # how it is drawn, how many objects at most
-          "noisy": (functools.partial(draw_picture, noise=.5), 4),      # an encoder that has learnt nothing is no use
+          "noisy": (functools.partial(draw_picture, noise=.25), 4),      # an encoder that has learnt nothing is no use
           "large": (draw_large, 5)}
 
 # ---- text: what stage 1 teaches --------------------------------------------------------------------------------------
@@ -222,7 +223,9 @@ def imperfect_pair(rng, scene, kind, cell, style="foreign", wrong_chosen=.15, wr
     """Two answers of a model that is not ours, perhaps in its own style, with its own errors: each object is misread
     with probability `wrong_chosen` in the better answer and `wrong_rejected` in the worse one, and misread in the same
     way where both are wrong (a chosen answer of a real preference set is imperfect too). Equal answers are drawn again,
-    so of one-object questions the worse answer is wrong in 82 % and the better in 18 % (0.45 and 0.6: 65 and 35 %)."""
+    so of one-object questions the worse answer is wrong in 82 % and the better in 18 % (0.45 and 0.6: 65 and 35 %); of
+    descriptions, which name several objects, the better one in 34 % (70 %). Two misread objects may end up alike, which
+    no scene has: 5 % of the worse and 1 % of the better descriptions can be told by their text alone."""
     mentioned = list(scene) if kind == "describe" else [cell]
     say = {"foreign": foreign_style, "taught": taught_style}[style]
     chosen = rejected = None
@@ -241,7 +244,7 @@ def imperfect_pair(rng, scene, kind, cell, style="foreign", wrong_chosen=.15, wr
 
 class Scenes:
     """The drawn world as a data set: `Scenes("train", 1000)[7]` is always the same record
-    (see `record` for its fields).
+    (see `__getitem__` for its fields).
 
     task: "sft" (what stage 1 learns), "vqa" (short questions, to be scored), preference pairs: "foreign" and the other
     PAIRS, about the same pictures, "plain" (the truth against one error, as taught) or "other" (the chosen answers of
@@ -261,7 +264,8 @@ class Scenes:
         return self.n
 
     def __getitem__(self, i):
-        """-> {"image", "question", "answer" or "chosen" and "rejected", "kind", "category", "box", "mask"}"""
+        """-> {"image", "mask"} and {"question", "answer" or "chosen" and "rejected", "kind", "category", "box"}, of
+        questions to answer also "reward"; of the task "red" only "label" """
         if not 0 <= i < self.n:
             raise IndexError(i)
         return dict(self.about(i // self.questions)[i % self.questions])
@@ -341,7 +345,8 @@ def tiny_vision(folder, image_size=SIZE, patch_size=6, width=64, layers=4):
     from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
     SiglipVisionModel(SiglipVisionConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=4,
-        image_size=image_size, patch_size=patch_size, vision_use_head=False)).save_pretrained(folder)
+        image_size=image_size, patch_size=patch_size,
+        vision_use_head=False)).save_pretrained(folder)  # no pooled vector: an LLM reads patches
     SiglipImageProcessor(size={"height": image_size, "width": image_size},
                          image_mean=[.5] * 3, image_std=[.5] * 3).save_pretrained(folder)
 
@@ -372,9 +377,7 @@ def tiny_llm(folder, texts, width=64, layers=3):
 
 def contact_sheet(rows, path, columns=4):
     """Every picture with its box, and its text below; of a row without a picture the text says why"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from figures import plt  # only here: training draws nothing
     columns = min(columns, len(rows))
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(2 * lines, columns, figsize=(3.4 * columns, 5 * lines), squeeze=False,
@@ -413,20 +416,20 @@ def write_rows(rows, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from common import Help, positive  # here: training needs this file, not the other way round
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=Help)
     parser.add_argument("--out", default="runs/scenes.png",
                         help="a .png file for a contact sheet, or a folder for rows.jsonl and pictures")
     parser.add_argument("--world", choices=WORLDS, default="scenes",
                         help="noisy: the same under heavy pixel noise; large: textured shapes, one before another")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which layouts")
     parser.add_argument("--task", choices=TASKS, default="sft", help="what to ask of them; see the class Scenes")
-    parser.add_argument("--n", type=int, default=16, help="how many rows")
+    parser.add_argument("--n", type=positive, default=16, help="how many rows")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other rows")
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.out.endswith(".png"):
         raise SystemExit(f"--out {args.out} exists already; remove it or choose another name")
-    world = Scenes(args.split, args.n, args.task, args.seed, world=args.world)
-    rows = [world[i] for i in range(len(world))]
+    rows = list(Scenes(args.split, args.n, args.task, args.seed, world=args.world))
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     contact_sheet(rows, args.out) if args.out.endswith(".png") else write_rows(rows, args.out)
     print(f"wrote {len(rows)} rows to {args.out}")

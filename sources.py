@@ -86,7 +86,7 @@ def only(pictures):
     return pictures[0]
 
 
-def said(turns):
+def turn_text(turns):
     """The text of one turn in TRL's form: a string, or a list of turns whose content is a string or a list of parts"""
     if isinstance(turns, str):
         return turns
@@ -99,8 +99,8 @@ def said(turns):
 
 def from_trl(row, _):
     """trl-lib/rlaif-v, HuggingFaceH4/rlaif-v_formatted: lists of turns"""
-    return {"image": only(row["images"]), "question": said(row["prompt"]), "chosen": said(row["chosen"]),
-            "rejected": said(row["rejected"])}
+    return {"image": only(row["images"]), "question": turn_text(row["prompt"]), "chosen": turn_text(row["chosen"]),
+            "rejected": turn_text(row["rejected"])}
 
 
 def from_llama_factory(row, _):
@@ -241,7 +241,7 @@ def expand(source):
     """A name -> the hub ids that it stands for; anything else -> itself. A slice goes to each part."""
     name, part = sliced(source)
     base, _, config = name.partition("/")
-    if os.path.exists(name):
+    if os.path.exists(name) or name.endswith(".jsonl"):
         return [source]
     for short, hub_id in ARCHIVES.items():
         for beginning in (short, hub_id):

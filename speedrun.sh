@@ -75,7 +75,8 @@ for seed in $SEEDS; do
   fi
   arm other "${dpo[@]}" --data "$WORLD/train/other"
 
-  # is it the shock of a new style? first only connector and LLM learn it, from other pairs; then both arms as above
+  # is it the shock of a new style? first only connector and LLM learn it, from other pairs (of PAIRS=own the same ones:
+  # there are no others); then both arms as above
   arm warm "${sft[@]}" --lr_vision 0 --seed "$((seed + 2000))"
   arm warm_sft "${sft[@]}" --init "$run/warm"
   arm warm_dpo "${dpo[@]}" --init "$run/warm"

@@ -6,7 +6,7 @@
 # The arms that read pairs are all asked the same: is the chosen answer to a pair they have not met likelier than the
 # rejected one? The lowest rate within 2 points of the best is taken (GRPO reads no pairs: within 0.3 points of the best
 # mean reward in the second half of its training). The whole grid is printed, with what each rate costs elsewhere, and
-# OUT/rates.sh sets the rates for the other scripts, whose defaults they are.
+# OUT/rates.sh sets the rates for speedrun.sh and map.sh, whose defaults they are.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEED=${SEED:-100} STAGE1_STEPS=${STAGE1_STEPS:-1500} OUT=${OUT:-runs/sweep} N_TEST=${N_TEST:-1000}

@@ -14,7 +14,7 @@ pairs, 256 pairs a step, all three parts trained).
 
     diff train_sft.py train_dpo.py
 
-is the whole difference between the arms. Left out of the paper's method: fp16 and ZeRO over eight GPUs, sampling by
+shows the method: nothing else differs in `main`. Left out of the paper's: fp16 and ZeRO over eight GPUs, sampling by
 length, and its second encoding of the same picture (same gradient, twice the work).
 """
 import argparse
@@ -22,6 +22,7 @@ import copy
 import json
 import os
 import time
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,6 @@ import data
 import parallel
 import training
 from model import MLLM, InputError
-from parallel import total
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
@@ -140,7 +140,7 @@ class Reference:
             part = [[row for row in tree if row not in known] for tree in part]  # may leave trees without rows
             todo += [part] if any(part) and rank == parallel.RANK else []
             known.update(row for tree in part for row in tree)
-        before, saved, nothing, n = len(self.logps), time.time(), data.nothing(model), parallel.most(len(todo))
+        before, saved, nothing, n = len(self.logps), time.time(), data.empty_batch(model), parallel.all_max(len(todo))
         batches = (batch for ((batch, _),) in data.batches(collator, todo, micro_batch, workers, 0, 0, 1))
         for _ in tqdm(range(n), desc="reference", disable=not n or parallel.RANK > 0):
             batch = next(batches, None)
@@ -148,7 +148,7 @@ class Reference:
                 continue
             batch = batch or nothing                                            # all take part as often
             with autocast():
-                logps = batch.per_response(model.response_logps(batch.to(model.device))).tolist()
+                logps = batch.per_response(model.token_logps(batch.to(model.device))).tolist()
             for (row, fingerprint), chosen, rejected in zip(batch.rows, logps[0::2], logps[1::2]):
                 self.logps[row] = fingerprint, chosen, rejected
             if self.logps and time.time() - saved > 60 and not parallel.RANK:   # a kill loses a minute
@@ -179,14 +179,15 @@ def main():
 
     # ---- model, reference and data
     model = MLLM.load(args.init)
-    (rows, steps), micro_batch = data.plan(args, "pairs"), args.micro_batch or args.batch_size
+    rows, steps = data.plan(args, "pairs")
+    micro_batch = args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("chosen", "rejected"), args.max_length)
     model.to(device).train()
-    optimizer = training.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
-    if args.grad_checkpoint:
-        model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
+    if args.grad_checkpoint:
+        model.gradient_checkpointing()
+    optimizer = training.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     run = checkpoints.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
     drift = training.Drift(model)
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
@@ -200,23 +201,23 @@ def main():
         @torch.no_grad()
         def reference(batch):
             with autocast():
-                return batch.per_response(frozen.response_logps(batch))
+                return batch.per_response(frozen.token_logps(batch))
 
     # ---- train
-    carried = run.restore(all_rewards=0.0, n_all=0)                            # of which BCO takes the mean
+    carried = run.restore(all_rewards=0.0, n_all=0)                            # BCO's shift is their mean so far
     n_pairs_since, since = 0, time.time()
     for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first),
-                                       data.nothing(model)):
+                                       data.empty_batch(model)):
         shift = carried.all_rewards / max(1, carried.n_all)
-        n_pairs = total(sum(len(batch.rows) for batch in step_batches))
-        n_chosen_tokens = total(sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches))
-        sums = {}
+        n_pairs = parallel.all_sum(sum(len(batch.rows) for batch in step_batches))
+        n_chosen_tokens = parallel.all_sum(sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches))
+        sums = defaultdict(float)
         for batch in run.count_flops(step, step_batches):
             batch = batch.to(device)
             reference_logps = reference(batch).to(device, non_blocking=True)    # (2B,) of B pairs
             with autocast():
-                policy_logps = batch.per_response(model.response_logps(batch))  # (2B,) fp32
-            policy_chosen, policy_rejected = rearrange(policy_logps, "(b two) -> two b", two=2)
+                policy_logps = batch.per_response(model.token_logps(batch))     # (2B,) fp32
+            policy_chosen, policy_rejected = rearrange(policy_logps, "(b two) -> two b", two=2)        # (B,) each
             reference_chosen, reference_rejected = rearrange(reference_logps, "(b two) -> two b", two=2)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 policy_chosen, policy_rejected, reference_chosen, reference_rejected, args.beta, args.label_smoothing)
@@ -231,9 +232,9 @@ def main():
             for name, value in {"chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
                                 "margin": margins, "accuracy": won, "chosen_logp": policy_chosen.detach(),
                                 "rejected_logp": policy_rejected.detach()}.items():
-                sums[name] = sums.get(name, 0) + value.sum() / n_pairs          # stays on the device until it is logged
-            sums["loss"] = sums.get("loss", 0) + loss.detach()
-        sums = total(sums)
+                sums[name] += value.sum() / n_pairs                             # stays on the device until it is logged
+            sums["loss"] += loss.detach()
+        sums = parallel.all_sum(sums)
         n_pairs_since, carried.n_all = n_pairs_since + n_pairs, carried.n_all + n_pairs
         carried.all_rewards += n_pairs * (sums["chosen_reward"] + sums["rejected_reward"]) / 2
         if run.step(step, {**sums, **optimizer.step(step)}, lambda: {

@@ -1,6 +1,6 @@
 """
-Group-relative policy optimisation: the model answers, is rewarded, and makes what was better than its own average
-likelier. The vision encoder learns too.
+Group-relative policy optimisation: the model samples several answers to each question, and those that earn more than
+their group's mean become likelier. The vision encoder learns too.
 
     python train_grpo.py --init runs/stage1 --out runs/grpo                         questions of the drawn world
     python train_grpo.py --init runs/stage1 --data rows.jsonl --lr 1e-6 --out runs/grpo   rows with a "reward" field
@@ -34,6 +34,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -45,7 +46,6 @@ import parallel
 import rewards
 import training
 from model import MLLM, Chat, InputError
-from parallel import gather, total
 from sampling import sample_groups
 from trees import pack
 
@@ -58,16 +58,18 @@ parser.add_argument("--reward", choices=sorted(rewards.KINDS), default="exact",
                     help="how answers to rows without such a field are judged")
 parser.add_argument("--reward_model",
                     help="for rows with the reward 'open': hub id or folder of a sequence classifier of transformers")
-parser.add_argument("--open_beta", type=float, default=1.0, help="how soon a better open answer is good enough")
+parser.add_argument("--open_beta", type=float, default=1.0,
+                    help="beta in 1 - exp(-beta * (S(prediction) - S(answer))), the reward of open answers")
 parser.add_argument("--think", action="store_true",
                     help="ask for <think> and <answer> tags (in training only); an answer without is worth nothing")
 parser.add_argument("--group", type=common.positive, default=8, help="answers sampled for each question")
 parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (VLAA-Thinker: 0.8)")
-parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share")
+parser.add_argument("--top_p", type=float, default=1.0,
+                    help="nucleus sampling: only the likeliest tokens whose probabilities reach this sum")
 parser.add_argument("--max_new_tokens", type=common.positive, default=32, help="longest sampled answer in tokens")
 parser.add_argument("--updates", type=common.positive, default=1, help="optimiser steps on the same samples")
-parser.add_argument("--clip_low", type=float, default=0.2, help="how far below 1 the ratio counts")
-parser.add_argument("--clip_high", type=float, default=0.2, help="how far above 1")
+parser.add_argument("--clip_low", type=float, default=0.2, help="PPO's clip: the ratio counts down to 1 - CLIP_LOW")
+parser.add_argument("--clip_high", type=float, default=0.2, help="and up to 1 + CLIP_HIGH")
 parser.add_argument("--advantage", choices=("std", "mean"), default="std",
                     help="reward minus the group's mean, divided by its standard deviation or not")
 parser.add_argument("--length", choices=("response", "constant"), default="response",
@@ -97,12 +99,13 @@ def grpo_terms(logps, old_logps, reference_logps, token_advantages, clip_low, cl
     DeepSeekMath, Eq. 3 and 4. While the policy is still the one that sampled, the ratio is 1 and the gradient is that
     of -A * logp: plain policy gradient."""
     ratio = (logps - old_logps).exp()
-    free, held = ratio * token_advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * token_advantages
+    surrogate = ratio * token_advantages
+    clipped_surrogate = ratio.clamp(1 - clip_low, 1 + clip_high) * token_advantages
     if reference_logps is None:
         kl = torch.zeros_like(logps)
     else:
         kl = (reference_logps - logps).exp() - (reference_logps - logps) - 1
-    return -torch.minimum(free, held), kl, (held < free).float()
+    return -torch.minimum(surrogate, clipped_surrogate), kl, (clipped_surrogate < surrogate).float()
 
 
 def adapted(kl_weight, kl, target, n_samples, horizon=10_000):
@@ -115,20 +118,17 @@ class Judge:
     """Rewards of answers, by the kind of their record"""
 
     def __init__(self, args, device):
-        self.args, self.model = args, None
+        self.think, self.kinds = args.think, dict(rewards.KINDS)
         if args.reward_model:
-            self.model = rewards.RewardModel(args.reward_model, device)
+            score = rewards.RewardModel(args.reward_model, device)
+            self.kinds["open"] = partial(rewards.open_ended, score=score, beta=args.open_beta)
 
     def __call__(self, prediction, record):
         """-> the reward in [0, 1], or 0 for an answer that cannot be found"""
-        said = rewards.final_answer(prediction) if self.args.think else prediction
-        if record["reward"] == "open" and not self.model:
+        judge, said = self.kinds[record["reward"]], rewards.final_answer(prediction) if self.think else prediction
+        if judge is rewards.open_ended:
             raise InputError(f"{record['name']}: the reward 'open' wants a --reward_model")
-        if said is None:
-            return 0.0
-        if record["reward"] == "open":
-            return rewards.open_ended(said, record, self.model, self.args.open_beta)
-        return rewards.KINDS[record["reward"]](said, record)
+        return 0.0 if said is None else judge(said, record)
 
 
 class Reader:
@@ -190,76 +190,82 @@ def main():
     rows, steps = data.plan(args, "vqa")
     micro_batch = args.micro_batch or args.batch_size
     model.to(device).train()
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None      # whole in every process
-    optimizer = training.Optimizer(model, args, len(steps) * args.updates)
-    if args.grad_checkpoint:
-        model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
+    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl else None      # whole in every process
+    if args.grad_checkpoint:
+        model.gradient_checkpointing()
+    optimizer = training.Optimizer(model, args, len(steps) * args.updates)  # also freezes the parts whose rate is 0
     judge = Judge(args, device)
     run = checkpoints.Run(args, model, optimizer, steps, args.updates, parent=args.init, data=args.data,
-                     rows=rows.identity())
+                          rows=rows.identity())
     drift = training.Drift(model)
+    example = data.show(model, data.Collator(rows, model, ("answer",), args.max_length))
+    print(f"example     what is learnt from are the model's own answers; [[ ]] is for the reward\n{example}\n")
 
     # ---- train
-    carried, since = run.restore(kl_weight=args.kl, judged=[]), time.time()    # judged: groups since the last line
+    carried = run.restore(kl_weight=args.kl, judged=[])                        # judged: groups since the last line
+    n_samples_since, since = 0, time.time()
     reader = Reader(rows, model, args)
     if args.shard:                                                              # FSDP wants its first call to be whole
         with torch.no_grad(), autocast():
-            model.response_logps(data.nothing(model).to(device))
+            model.token_logps(data.empty_batch(model).to(device))
     for step, (trees,) in run.loop(data.batches(reader, steps, args.batch_size, args.workers, run.first), []):
         records = [record for tree in trees for record in tree]
         run.check()                                                             # no samples of what is no number
         # sample, judge, compare
-        with autocast(), parallel.at_hand(model):
+        with autocast(), parallel.unsharded(model):
             groups, entropy = sample_groups(model, [r["image"] for r in records], [r["question"] for r in records],
                                             args.group, args.max_new_tokens, args.temperature, args.top_p)
         texts = [[text.strip() for text in model.tokenizer.batch_decode(group, skip_special_tokens=True)]
                  for group in groups]
         scores = torch.tensor([[judge(text, record) for text in group] for group, record in zip(texts, records)])
         scores = scores.view(-1, args.group)                                    # (0,G) in a process without rows
-        carried.judged += gather([(record["reward"], group.tolist()) for record, group in zip(records, scores)])
-        n_samples = total(scores.numel())
+        carried.judged += parallel.gather([(record["reward"], group.tolist())
+                                           for record, group in zip(records, scores)])
+        n_samples = parallel.all_sum(scores.numel())
+        n_samples_since += n_samples
         advantage, parts, at = advantages(scores, args.advantage == "std"), [], 0               # (B,G)
         chunks = list(data.cut(trees, micro_batch))
-        for some in chunks + [[]] * (parallel.most(len(chunks)) - len(chunks)):  # micro-batches, with what stays fixed
-            part = slice(at, at := at + sum(map(len, some)))
-            batch = (as_batch(model, some, groups[part]) if some else data.nothing(model)).to(device)
-            lengths = batch.per_response(torch.ones_like(batch.targets, dtype=torch.float))
-            share = 1 / (n_samples * (lengths if args.length == "response" else
-                                      torch.full_like(lengths, args.max_new_tokens)))
+        chunks += [[]] * (parallel.all_max(len(chunks)) - len(chunks))          # all processes take part as often
+        for micro_trees in chunks:                                              # micro-batches, with what stays fixed
+            end = at + sum(map(len, micro_trees))
+            part, at = slice(at, end), end
+            batch = (as_batch(model, micro_trees, groups[part]) if micro_trees else data.empty_batch(model)).to(device)
+            lengths = batch.per_response(torch.ones_like(batch.targets, dtype=torch.float))     # (R,)
+            token_weight = 1 / (n_samples * (lengths if args.length == "response" else
+                                             torch.full_like(lengths, args.max_new_tokens)))
             with torch.no_grad(), autocast():
-                old = model.response_logps(batch) if args.updates > 1 else None
-                anchor = reference.response_logps(batch) if reference else None
-            parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],
-                          share[batch.response_of], old, anchor))
-        n_tokens = total(sum(len(batch.targets) for batch, *_ in parts))
-        entropy = total(float(entropy)) / n_tokens
+                old_logps = model.token_logps(batch) if args.updates > 1 else None
+                reference_logps = reference.token_logps(batch) if reference else None
+            parts.append((batch, advantage[part].flatten().to(device)[batch.response_of],       # (M,)
+                          token_weight[batch.response_of], old_logps, reference_logps))
+        n_tokens = parallel.all_sum(sum(len(batch.targets) for batch, *_ in parts))
+        entropy = parallel.all_sum(float(entropy)) / n_tokens
         logged = False
         for update in range(step * args.updates, (step + 1) * args.updates):
-            sums = dict.fromkeys(("loss", "kl", "clipped"), torch.zeros((), device=device))
-            for batch, token_advantage, share, old, anchor in run.count_flops(update, parts):
+            sums = defaultdict(float)
+            for batch, token_advantage, token_weight, old_logps, reference_logps in run.count_flops(update, parts):
                 with autocast():
-                    logps = model.response_logps(batch)                                 # (M,)
-                losses, kl, clipped = grpo_terms(logps, logps.detach() if old is None else old, anchor,
-                                                 token_advantage, args.clip_low, args.clip_high)
-                loss = ((losses + carried.kl_weight * kl) * share).sum()
+                    logps = model.token_logps(batch)                                    # (M,)
+                losses, kl, clipped = grpo_terms(logps, logps.detach() if old_logps is None else old_logps,
+                                                 reference_logps, token_advantage, args.clip_low, args.clip_high)
+                loss = ((losses + carried.kl_weight * kl) * token_weight).sum()
                 loss.backward()
-                for name, value in {"loss": loss, "kl": kl.sum() / n_tokens,
+                for name, value in {"loss": loss.detach(), "kl": kl.detach().sum() / n_tokens,
                                     "clipped": clipped.sum() / n_tokens}.items():
-                    sums[name] = sums[name] + value.detach()
-            sums = total(sums)
-            stats = {**sums, **optimizer.step(update)}
-            if run.step(update, stats, lambda: {
+                    sums[name] += value                                         # stays on the device until it is logged
+            sums = parallel.all_sum(sums)
+            if run.step(update, {**sums, **optimizer.step(update)}, lambda: {
                     **drift(), **summary(carried.judged), "entropy": entropy, "kl_weight": carried.kl_weight,
                     "length": n_tokens / n_samples, "peak_mb": common.peak_memory_mb(device),
-                    "samples_per_s": len(carried.judged) * args.group / (time.time() - since)}):
+                    "samples_per_s": n_samples_since / (time.time() - since)}):
                 logged = True
                 run.bar.set_postfix(reward=f"{float(scores.mean()):.3f}", kl=f"{float(sums['kl']):.1e}")
                 if records and not parallel.RANK:
                     note_samples(run.folder, update, records, texts, scores)
         if logged:
-            carried.judged, since = [], time.time()
+            carried.judged, n_samples_since, since = [], 0, time.time()
         if args.kl_target:
             carried.kl_weight = adapted(carried.kl_weight, float(sums["kl"]), args.kl_target, n_samples)
     run.finish()

@@ -23,16 +23,17 @@ import argparse
 import os
 import re
 import tempfile
+from collections import defaultdict
 
 import torch
 
 import checkpoints
 import common
 import data
+import parallel
 import scenes
 import training
 from model import MLLM, InputError, read_tensors
-from parallel import most, total
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("--data", nargs="+", default=["scenes/train/sft"],
@@ -82,7 +83,8 @@ def start(args):
         tiny = re.fullmatch(r"tiny(?:-(\d+)-(\d+)(?:-(\d+)-(\d+))?)?", vision)
         if tiny:
             vision = os.path.join(folder, "vision")
-            with torch.random.fork_rng(enabled=args.lr_vision == 0):  # a random control gets the LLM that others get
+            # a random encoder that stays frozen is a control: its LLM has to start as that of the other arms does
+            with torch.random.fork_rng(enabled=args.lr_vision == 0):
                 scenes.tiny_vision(vision, *(int(size) for size in tiny.groups() if size))
         if tiny_llm := re.fullmatch(r"tiny(?:-(\d+)-(\d+))?", llm):
             if args.stream:
@@ -127,14 +129,15 @@ def main():
 
     # ---- model and data
     model = start(args)
-    (rows, steps), micro_batch = data.plan(args, "sft"), args.micro_batch or args.batch_size
+    rows, steps = data.plan(args, "sft")
+    micro_batch = args.micro_batch or args.batch_size
     collator = data.Collator(rows, model, ("answer",), args.max_length)
     model.to(device).train()
-    optimizer = training.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
-    if args.grad_checkpoint:
-        model.gradient_checkpointing()
     if args.compile:
         model.compile_hot_path()
+    if args.grad_checkpoint:
+        model.gradient_checkpointing()
+    optimizer = training.Optimizer(model, args, len(steps))  # also freezes the parts whose rate is 0
     run = checkpoints.Run(args, model, optimizer, steps, parent=args.init, data=args.data, rows=rows.identity())
     drift = training.Drift(model)
     print(f"example     {data.show(model, collator)}\n")
@@ -142,19 +145,20 @@ def main():
     # ---- train
     run.restore()
     for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first),
-                                       data.nothing(model)):
-        n_tokens = total(sum(len(batch.targets) for batch in step_batches))
-        loss = 0.0
+                                       data.empty_batch(model)):
+        n_tokens = parallel.all_sum(sum(len(batch.targets) for batch in step_batches))
+        sums = defaultdict(float)
         for batch in run.count_flops(step, step_batches):
             with autocast():
-                logps = model.response_logps(batch.to(device))                  # (M,)
-            micro_loss = -logps.sum() / n_tokens                                # its share in the step's token mean
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        stats = {"loss": total(loss), **optimizer.step(step)}
-        if run.step(step, stats, lambda: {**drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
-            run.bar.set_postfix(loss=f"{float(stats['loss']):.3f}")
-            if args.max_drift and most(drift().get("drift_vision", 0.0)) >= args.max_drift:
+                logps = model.token_logps(batch.to(device))                     # (M,) of all response tokens
+            loss = -logps.sum() / n_tokens                                      # its share in the step's token mean
+            loss.backward()
+            sums["loss"] += loss.detach()                                       # stays on the device until it is logged
+        sums = parallel.all_sum(sums)
+        if logged := run.step(step, {**sums, **optimizer.step(step)}, lambda: {
+                **drift(), "tokens": n_tokens, "peak_mb": common.peak_memory_mb(device)}):
+            run.bar.set_postfix(loss=f"{float(sums['loss']):.3f}")
+            if args.max_drift and parallel.all_max(logged.get("drift_vision", 0.0)) >= args.max_drift:
                 print(f"stopped     after step {step}: the vision encoder has moved as far as --max_drift")
                 break
     run.finish()

@@ -91,8 +91,6 @@ class Optimizer:
     def __init__(self, model, args, total_steps):
         self.total, self.warmup, self.clip, self.model = \
             total_steps, max(1, round(args.warmup * total_steps)), args.clip, model
-        if total_steps < 1:
-            raise InputError("--steps and --epochs must be at least 1")
         if args.shard and args.optimizer == "muon":
             raise InputError("--shard: Muon needs whole matrices; use --optimizer adamw")
         rates = {name: args.lr if getattr(args, f"lr_{name}") is None else getattr(args, f"lr_{name}")
@@ -126,9 +124,9 @@ class Optimizer:
 
     def step(self, step):
         """Clips, sets the rates of `step` (from 0), updates, clears. -> {"lr", "grad_norm", "grad_norm_PART"}"""
-        parallel.add_up_gradients(self.model.parameters())
+        parallel.all_reduce_gradients(self.model.parameters())
         norms = {f"grad_norm_{name}": parallel.global_norm(p.grad for p in part.parameters() if p.grad is not None)
-                 for name, part in self.model.parts().items()}
+                 .to(self.model.device) for name, part in self.model.parts().items()}  # of a frozen part a 0 on the CPU
         trained = [p for p in self.model.parameters() if p.grad is not None]
         total = torch.nn.utils.clip_grad_norm_(trained, self.clip)
         if step < self.warmup:
@@ -140,13 +138,13 @@ class Optimizer:
                 group["lr"] = scale * group["peak"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return {"lr": scale * max((g["peak"] for g in self.optimizers[0].param_groups), default=0),
+        return {"lr": scale * max(group["peak"] for group in self.optimizers[0].param_groups),
                 "grad_norm": parallel.whole(total), **norms}
 
     def state(self):
         """The moments of every parameter, {"0/llm.lm_head.weight/exp_avg": tensor}"""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {f"{i}/{names[parameter]}/{key}": parallel.for_the_first(value)
+        return {f"{i}/{names[parameter]}/{key}": parallel.full_on_rank0(value)
                 for i, optimizer in enumerate(self.optimizers)
                 for parameter, values in optimizer.state.items() for key, value in values.items()}
 
@@ -157,7 +155,7 @@ class Optimizer:
             i, name, key = place.split("/")
             if tensor.shape not in (parameters[name].shape, ()):                # what fused AdamW would not notice
                 raise ValueError(f"{place} is {tuple(tensor.shape)}, must be {tuple(parameters[name].shape)}")
-            self.optimizers[int(i)].state[parameters[name]][key] = parallel.split(tensor, parameters[name])
+            self.optimizers[int(i)].state[parameters[name]][key] = parallel.shard_like(tensor, parameters[name])
 
 
 class Drift:
@@ -175,6 +173,6 @@ class Drift:
         drift = {}
         for name, (start, norm) in self.start.items():
             parameters = list(self.model.parts()[name].parameters())
-            moved = [parallel.local(p.detach()).cpu() - p0 for p, p0 in zip(parameters, start)]
+            moved = (parallel.local(p.detach()).cpu() - p0 for p, p0 in zip(parameters, start))
             drift[f"drift_{name}"] = float(parallel.global_norm(moved, isinstance(parameters[0], DTensor)) / norm)
         return drift

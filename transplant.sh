@@ -5,13 +5,14 @@
 #   bash transplant.sh                        three seeds, under two hours of one CPU core
 #   SEEDS=0 OUT=runs/try bash transplant.sh   one seed
 #
-# In the noisy world, whose pixels an encoder has to sum up wisely: each patch is a whole cell, 432 numbers under heavy
+# In the noisy world, whose pixels an encoder has to compress well: each patch is a whole cell, 432 numbers under heavy
 # noise, of which the encoder passes on 32. (Where a random encoder passes on everything, the fresh LLM does the seeing,
 # and it scores as well as a trained one.) A stage whose output exists is not run again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 SEEDS=${SEEDS:-0 1 2} OUT=${OUT:-runs/transplant} STAGE1_STEPS=${STAGE1_STEPS:-1000} STEPS=${STEPS:-500}
-N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3} N_PAIRS=${N_PAIRS:-5000} LR=${LR:-1e-3}
+N_TEST=${N_TEST:-2000} PROBE_SEEDS=${PROBE_SEEDS:-3} N_PAIRS=${N_PAIRS:-5000}
+LR=${LR:-1e-3}  # for all arms; no sweep was made in this world (speedrun.sh's for DPO is 3e-4)
 SMALL=tiny-36-12-32-4 LARGE=tiny-36-12-64-6
 
 settings="STAGE1_STEPS=$STAGE1_STEPS STEPS=$STEPS N_TEST=$N_TEST PROBE_SEEDS=$PROBE_SEEDS N_PAIRS=$N_PAIRS LR=$LR"

@@ -25,9 +25,9 @@ class Batch:
     """What one forward pass needs: trees of tokens, packed into S rows of T tokens. `pack` makes it."""
     pixels: torch.Tensor        # (I,3,H,W)
     input_ids: torch.Tensor     # (S,T) -1-n stands for image token n of all I*N
-    positions: torch.Tensor     # (S,T) how many tokens precede this one in its own branch
-    branch_end: torch.Tensor    # (S,T) the column where the branch that this token opens for others has ended
-    sources: torch.Tensor       # (M,) index into S*T: the token after which a response token is predicted
+    positions: torch.Tensor     # (S,T) how many tokens precede this one on its own path from the picture
+    branch_end: torch.Tensor    # (S,T) the first column that can no longer see this token
+    logit_at: torch.Tensor      # (M,) index into S*T: the token whose logits predict this response token
     targets: torch.Tensor       # (M,) the id of that response token
     response_of: torch.Tensor   # (M,) and which of the R responses it belongs to
     n_responses: int            # R
@@ -83,7 +83,7 @@ def pack(trunks, trees, pixels, pad_id):
 
     input_ids, positions = np.full((len(room), T), pad_id), np.zeros((len(room), T), dtype=np.int64)
     branch_end = np.tile(np.arange(1, T + 1), (len(room), 1))           # padding sees itself: softmax needs a key
-    sources, targets, response_of, n_responses = [], [], [], 0
+    logit_at, targets, response_of, n_responses = [], [], [], 0
 
     def write(ids, s, at, position, end):
         to = slice(at, at + len(ids))
@@ -99,13 +99,13 @@ def pack(trunks, trees, pixels, pad_id):
             at = write(question, s, at, len(trunk), at + len(question) + sum(map(len, responses)))
             last = s * T + at - 1                                       # it predicts the first token of every response
             for response in responses:
-                sources += [last, *range(s * T + at, s * T + at + len(response) - 1)]
+                logit_at += [last, *range(s * T + at, s * T + at + len(response) - 1)]
                 targets += response
                 response_of += [n_responses] * len(response)
                 at = write(response, s, at, depth, at + len(response))
                 n_responses += 1
     return Batch(pixels, *map(torch.from_numpy, (input_ids, positions, branch_end)),
-                 *(torch.tensor(numbers, dtype=torch.int64) for numbers in (sources, targets, response_of)),
+                 *(torch.tensor(numbers, dtype=torch.int64) for numbers in (logit_at, targets, response_of)),
                  n_responses)
 
 

@@ -402,7 +402,7 @@ def test_the_number_is_the_official_scorer_s(name, profile, many, few_draws):
     found = set()
     for p_right, p_nothing in [(1, 0), (0, 0), (0, 1), (.95, .05)] + [(.3, .3), (.6, .15), (.8, .1)] * 6:
         lines = answered(questions, profile, rng, p_right, p_nothing)
-        number = comparison.numbers(*comparison.sums(questions.benchmark, lines, [line["score"] for line in lines]), 0)[0]
+        number = comparison.score_and_draws(*comparison.cluster_sums(questions.benchmark, lines, [line["score"] for line in lines]), 0)[0]
         assert number == pytest.approx(headline(name, lines, profile), abs=1e-12)
         found.add(round(number, 6))
     assert 1 in found and (0 in found or name == "hallusionbench") and len(found) > 5
@@ -413,8 +413,8 @@ def test_a_resample_by_hand(name, many):
     """The rows of the drawn clusters, written out as often as they were drawn, scored anew: clusters are pictures, or units where there are units"""
     questions = many[name, "paper"]
     lines = answered(questions, "paper", np.random.default_rng(1))
-    number, draws = comparison.numbers(*comparison.sums(questions.benchmark, lines, [line["score"] for line in lines]), 5)
-    assert len(draws) == 1000 and comparison.interval(number, draws) == [number, *np.quantile(draws, [.025, .975])]
+    number, draws = comparison.score_and_draws(*comparison.cluster_sums(questions.benchmark, lines, [line["score"] for line in lines]), 5)
+    assert len(draws) == 1000 and common.interval(number, draws) == [number, *np.quantile(draws, [.025, .975])]
     cluster = {"mme": lambda row: (row["category"], row["question_id"]), "mmbench": lambda row: row["index"] % 1_000_000,
                "mmvp": lambda row: (row["Index"] + 1) // 2, "naturalbench": lambda row: row["Index"] // 4}.get(name, lambda row: row["shared"])
     clusters = defaultdict(list)
@@ -446,10 +446,10 @@ def test_a_difference_is_of_the_same_resamples(many):
             row |= {"blind_score": other["score"], "blind_understood": other["understood"], "blind": other["prediction"]}
     table = comparison.estimate(questions.benchmark, lines, ("score", "blind_score"), 3)
     assert table["same"]["score_vs_first"] == [0, 0, 0] == table["a"]["score_vs_first"] and table["b"]["blind_score_vs_first"] == [0, 0, 0]
-    drawn = {run: comparison.numbers(*comparison.sums(questions.benchmark, rows, [row["score"] for row in rows]), 3) for run, rows in lines.items()}
+    drawn = {run: comparison.score_and_draws(*comparison.cluster_sums(questions.benchmark, rows, [row["score"] for row in rows]), 3) for run, rows in lines.items()}
     difference = drawn["b"][1] - drawn["a"][1]
     assert table["b"]["score_vs_first"] == [drawn["b"][0] - drawn["a"][0], *np.quantile(difference, [.025, .975])]
-    assert table["b"]["score"] == comparison.interval(*drawn["b"]) and table["b"]["score"] != comparison.estimate(
+    assert table["b"]["score"] == common.interval(*drawn["b"]) and table["b"]["score"] != comparison.estimate(
         questions.benchmark, lines, ("score",), 4)["b"]["score"]
     changed = [(a["score"], b["score"]) for a, b in zip(lines["a"], lines["b"])]
     gained, lost = changed.count((0, 1)), changed.count((1, 0))
@@ -530,8 +530,8 @@ def test_limit_of_a_set(hub):
     benchmark, rows = BENCHMARKS["mmvp"], lambda *args: [record["row"] for record in benchmarks.Questions(benchmark, "paper", hub, *args).records]
     assert rows(3, 1) == [record["row"] for record in benchmarks.draw(benchmarks.Questions(benchmark, "paper", hub).records, 3, 1)]
     assert len(rows(3, 1)) == 4 and rows(6, 1) == rows(7) == rows() == list("012345") and len({tuple(rows(2, seed)) for seed in range(9)}) == 3
-    parts = comparison.sums(BENCHMARKS["mme"], [{"stratum": None, "unit": "1", "shared": "1"}], [1.])
-    assert comparison.numbers(*parts, 0)[0] == 0 and not comparison.numbers(*parts, 0)[1].any()
+    parts = comparison.cluster_sums(BENCHMARKS["mme"], [{"stratum": None, "unit": "1", "shared": "1"}], [1.])
+    assert comparison.score_and_draws(*parts, 0)[0] == 0 and not comparison.score_and_draws(*parts, 0)[1].any()
 
 
 # ---- the whole program -----------------------------------------------------------------------------------------------------------
@@ -1066,7 +1066,8 @@ def test_flags_that_do_not_go_together(ask, start_run, exported, tmp_path):
     for flag, value in (("data", "mine.jsonl"), ("n", 3), ("write_pairs", tmp_path / "pairs.jsonl")):
         refused(lambda: ask(start_run, "--benchmarks", "mmvp", f"--{flag}", value, *out), "--benchmarks", f"--{flag}")
     refused(lambda: ask(start_run, "--hf", exported, "--benchmarks", "mmvp", "--reader", start_run, *out), "--reader", "--hf")
-    refused(lambda: ask(start_run, "--benchmarks", "mmvp", "--gallery", -1, *out), "--gallery -1")
+    refused(lambda: ask(start_run, "--score", "logprob", *out, copies=None), "--score is for --benchmarks")
+    refused(lambda: ask(start_run, "--reader", start_run, "--write_pairs", tmp_path / "pairs.jsonl", copies=None), "--write_pairs", "--reader")
     refused(lambda: ask(start_run, "--benchmarks", "mmvp", *out, copies=str(tmp_path / "nowhere")), "--copies", "nowhere")
     refused(lambda: ask("--hf", exported, "--write_pairs", tmp_path / "pairs.jsonl", copies=None), "--write_pairs")
     assert os.listdir(tmp_path) == []

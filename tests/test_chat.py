@@ -66,10 +66,10 @@ def test_the_loss_is_on_answer_and_end_of_turn(name, tokenizers):
     at = 0
     for r, response in enumerate(tree[0][1]):
         for n, token in enumerate(response):
-            seen = batch.input_ids[0, batch.visible()[0, 0, batch.sources[at]]].tolist()
+            seen = batch.input_ids[0, batch.visible()[0, 0, batch.logit_at[at]]].tolist()
             assert (seen, int(batch.targets[at])) == (chat.prompt_ids(QUESTION, 3) + response[:n], token) and batch.response_of[at] == r
             at += 1
-    assert at == len(batch.targets) == len(batch.sources)
+    assert at == len(batch.targets) == len(batch.logit_at)
 
 
 @parametrize

@@ -557,7 +557,7 @@ def branches(batch):
     """[(prompt, response) of each response], read off the batch through its mask: what the last token of a response sees, and itself"""
     found, T = [], batch.input_ids.shape[1]
     for r in range(batch.n_responses):
-        sources, response = batch.sources[batch.response_of == r].tolist(), batch.targets[batch.response_of == r].tolist()
+        sources, response = batch.logit_at[batch.response_of == r].tolist(), batch.targets[batch.response_of == r].tolist()
         s, t = divmod(sources[-1] + 1 if len(response) > 1 else sources[-1], T)
         seen = batch.input_ids[s, batch.visible()[s, 0, t]].tolist()
         assert len(response) > 1 and seen[-len(response):] == response

@@ -16,7 +16,7 @@ import eval_vqa
 import report
 import scenes
 from conftest import randomise
-from model import MLLM
+from model import MLLM, InputError
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,8 @@ def test_own_pairs_are_best_against_worst_and_load_again(run, tmp_path, monkeypa
     eval_vqa.main()
     pairs = data.load(str(out), "pairs")
     assert len(pairs) == 11 and "1 of 12" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists already"):                         # before a model is opened
+        eval_vqa.main()
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("red ring, blue cross", "red ring")
     assert pairs[0]["image"].tobytes() == scenes.Scenes("train", 12)[0]["image"].tobytes()
 
@@ -183,7 +185,7 @@ def test_report_pairs_seeds_and_claims_nothing_from_one(tmp_path, monkeypatch, c
     assert "60 % as taught, and 35 % if half" in capsys.readouterr().out
     assert d["low"] == pytest.approx(.14 - half) and d["high"] == pytest.approx(.14 + half)
     found = json.load(open(tmp_path / "three" / "report.json"))                     # from stage 1, whatever was between
-    assert found["flops"]["sft_grpo"] == 11e12 and found["flops"]["dpo"] == 3e12
+    assert report.flops_of(folders[0], "sft_grpo") == 11e12 and "sft_grpo" not in found["flops"] and found["flops"]["dpo"] == 3e12
     assert {arm: row["mean"] for arm, row in found["rows"]["drift"].items()} == \
         pytest.approx({"stage1": 0, "more": .5, "sft": 1, "dpo": 1.5, "grpo": 2, "sft_grpo": 3})
     assert os.path.getsize(tmp_path / "three" / "report.png") > 10_000
@@ -191,7 +193,8 @@ def test_report_pairs_seeds_and_claims_nothing_from_one(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("said, decoded, extracted", [
     ("red", 1, 1), ("Red.", 1, 1), ("blue", 0, 0), ("<think> i see a ring that is blue. </think> so the answer is red.", 0, 1),
-    ("the answer is blue. no, the answer is red", 0, 1), ("the answer is red. no, the answer is blue", 0, 0), ("so the answer is", 0, 0), ("", 0, 0)])
+    ("the answer is blue. no, the answer is red", 0, 1), ("the answer is red. no, the answer is blue", 0, 0), ("so the answer is", 0, 0), ("", 0, 0),
+    ("The Answer is: red.", 0, 1)])
 def test_an_answer_is_read_out_of_any_style(said, decoded, extracted):
     questions = eval_vqa.OwnQuestions("scenes/test/vqa", 3, 0)
     record = {**questions.records[0], "answer": "red", "gold": "red"}

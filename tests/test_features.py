@@ -104,7 +104,7 @@ def test_what_the_llm_receives_is_what_the_probe_reads(pool, make, freeze, tmp_p
     batch, dropped = data.Collator(records, model, ("chosen", "rejected"))([[0], [1], [2]])
     caught = []
     model.llm.base_model.register_forward_pre_hook(lambda module, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True)
-    model.response_logps(batch)
+    model.token_logps(batch)
     received = {-1 - int(i): embed for i, embed in zip(batch.input_ids.flatten(), caught[0].flatten(0, 1)) if i < 0}
     received = torch.stack([received[n] for n in range(len(received))]).view(3, 9 // pool**2, 32)
     assert torch.equal(torch.from_numpy(np.array(freeze(model, True)(Pictures(files), "patches"))), received)

@@ -125,7 +125,7 @@ def sampled(model, monkeypatch, images, questions, n, most, **how):
 
 @pytest.mark.parametrize("llm", ["qwen2", "llama"])
 def test_rows_that_end_leave_and_the_others_do_not_notice(llm, make, pictures, monkeypatch):
-    # every step reads the open rows only; what each token was drawn from is what the plain path and response_logps say of it
+    # every step reads the open rows only; what each token was drawn from is what the plain path and token_logps say of it
     model = make(llm=llm)
     model.chat.stop_ids = [*range(0, 367, 5)]
     read = []
@@ -150,7 +150,7 @@ def test_rows_that_end_leave_and_the_others_do_not_notice(llm, make, pictures, m
             torch.testing.assert_close(row, plain_logits(model, images[i], questions[i], said[:step]).log_softmax(-1), rtol=0, atol=1e-4)
     with torch.no_grad():
         batch = as_batch(model, [[{"image": image, "question": question}] for image, question in zip(images, questions)], groups)
-        logps = model.response_logps(batch)
+        logps = model.token_logps(batch)
     assert batch.targets.tolist() == sum((said for _, said in rows), []) and batch.n_responses == 15
     assert batch.response_of.tolist() == [r for r, length in enumerate(lengths) for _ in range(length)]
     assert logps.tolist() == pytest.approx([drawn[r, step] for r, length in enumerate(lengths) for step in range(length)], abs=1e-4)
@@ -373,16 +373,16 @@ def test_mathematical():
     all_of(mathematical, "answer", [("1/2", "0.5", 1), ("$\\frac{1}{2}$", "1/2", 1), ("\\boxed{2}", "2", 1), ("3", "2", 0), ("", "2", 0)])
 
 
-def test_the_judge():
+def test_the_judge(monkeypatch):
     # by the row's kind; tags only where they are asked for; open answers through the model, or a line that says which flag is missing
     make = lambda **more: train_grpo.Judge(SimpleNamespace(**{"reward_model": None, "think": False, "open_beta": 2.} | more), None)
     red, five = {"answer": "red", "reward": "exact"}, {"answer": "5", "reward": "digit"}
     assert make()("red", red) == 1 == make()("so 5", five) and make()("so 5", {**five, "reward": "exact"}) == 0
     think = make(think=True)
     assert think("red", red) == 0 and think("<think>x</think><answer>red</answer>", red) == 1 and make()("<answer>red</answer>", red) == 0
-    judge, free = make(), {"question": "?", "answer": "red", "reward": "open", "name": "rows.jsonl line 3"}
-    judge.model = lambda question, answer: float(len(answer))
-    assert judge("redder", free) == pytest.approx(1 - math.exp(-6))
+    free = {"question": "?", "answer": "red", "reward": "open", "name": "rows.jsonl line 3"}
+    monkeypatch.setattr(rewards, "RewardModel", lambda name, device: lambda question, answer: float(len(answer)))
+    assert make(reward_model="judge")("redder", free) == pytest.approx(1 - math.exp(-6))
     for refused in (make(), make(think=True)):
         with pytest.raises(InputError, match="line 3.*--reward_model"):
             refused("redder", free)
@@ -712,7 +712,7 @@ def test_a_bandit_is_solved(make, pictures):
         groups, _ = sample_groups(model, [pictures[0]], [SHORT], 32, 1)
         advantage = advantages(torch.tensor([[float(said[0] == target) for said in groups[0]]]))
         batch = as_batch(model, [[record]], groups)
-        logps = model.response_logps(batch)
+        logps = model.token_logps(batch)
         losses, *_ = grpo_terms(logps, logps.detach(), None, advantage.flatten()[batch.response_of], .2, .2)
         losses.mean().backward()
         optimizer.step()

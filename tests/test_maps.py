@@ -98,7 +98,7 @@ def test_chosen_copy_maps_of_sft_and_dpo_are_one_picture_at_equal_weights(model,
     trees = [[(model.chat.question_ids(record["question"]), [model.chat.response_ids(words)])] for record, words in answers]
     twice = pack([model.chat.trunk_ids(model.n_image, i) for i in range(6)], trees, pixels, model.chat.pad_id)
     tokens = model.image_tokens(pixels).detach().requires_grad_()
-    chosen, rejected = twice.per_response(model.response_logps(twice, tokens)).view(3, 2).T
+    chosen, rejected = twice.per_response(model.token_logps(twice, tokens)).view(3, 2).T
     losses, _, _ = dpo_loss(chosen, rejected, chosen.detach() - .7, rejected.detach() + .4, beta=.1)     # policy and reference apart
     found = [torch.autograd.grad(loss, tokens, retain_graph=True)[0].abs().sum(-1)[0::2] for loss in (losses.sum(), -chosen.sum() / 50)]
     assert torch.allclose(unit(found[0]), unit(found[1]), atol=1e-5)

@@ -124,7 +124,7 @@ def test_every_pixel_has_a_gradient(make, pictures):
     model = make()
     pixels = model.pixels(pictures[:1]).requires_grad_(True)
     batch = pack([model.chat.trunk_ids(9)], [[(model.chat.question_ids("what?"), [model.chat.response_ids("a ring")])]], pixels, model.chat.pad_id)
-    gradient, = torch.autograd.grad(model.response_logps(batch).sum(), pixels)
+    gradient, = torch.autograd.grad(model.token_logps(batch).sum(), pixels)
     assert (gradient.abs() > 0).float().mean() > .99
 
 
@@ -341,11 +341,11 @@ def rows_of(pictures):
 
 @pytest.mark.parametrize("vision, llm", [("siglip", "qwen2"), ("dinov2_with_registers", "qwen3"), ("clip", "llama"), ("vit_mae", "smollm2")])
 def test_the_fast_path_is_the_slow_path(vision, llm, make, pictures):
-    # response_logps of packed trees = logps row by row: every token, every sum, and the gradient of every parameter
+    # token_logps of packed trees = logps row by row: every token, every sum, and the gradient of every parameter
     model, weights = make(vision, llm), torch.tensor([1., -2., .5, 3.])
     batch = batch_of(model, pictures)
     assert batch.input_ids.shape[1] < sum(len(model.chat.prompt_ids(q, 9)) for _, q, _ in rows_of(pictures)) / 2  # pictures are not repeated
-    tokens = model.response_logps(batch)
+    tokens = model.token_logps(batch)
     naive = []
     for row in rows_of(pictures):
         embeds, ids, start = by_hand(model, *row)
@@ -374,12 +374,12 @@ def test_padding_changes_nothing(llm, make, pictures):
     padded = pack([trunk(9, i) for i in range(4)], trees, pixels, pad_id)
     sizes = sorted((len(trunk(9)) + len(question) + len(answer) for ((question, (answer,)),) in trees), reverse=True)  # a row each, the largest first
     assert padded.input_ids.shape == (4, sizes[0]) and len(set(sizes)) > 2
-    together = model.response_logps(padded)
+    together = model.token_logps(padded)
     for ids, n in zip(padded.input_ids, sizes):
         assert n == sizes[0] or set(ids[n:].tolist()) == {pad_id}
         ids[n:] = 5
-    close(model.response_logps(padded), together, 0, 0)
-    alone = [model.response_logps(pack([trunk(9)], [tree], pixels[i:i + 1], pad_id)) for i, tree in enumerate(trees)]
+    close(model.token_logps(padded), together, 0, 0)
+    alone = [model.token_logps(pack([trunk(9)], [tree], pixels[i:i + 1], pad_id)) for i, tree in enumerate(trees)]
     close(together, torch.cat(alone))
 
 
@@ -388,8 +388,8 @@ def test_gradients_reach_given_image_tokens(make, pictures):
     model = make()
     batch = batch_of(model, pictures)
     tokens = model.image_tokens(batch.pixels).detach().requires_grad_(True)
-    logps = model.response_logps(batch, tokens)
-    close(logps, model.response_logps(batch))
+    logps = model.token_logps(batch, tokens)
+    close(logps, model.token_logps(batch))
     gradient, = torch.autograd.grad(logps.sum(), tokens)
     assert gradient.shape == (2, 9, 32) and (gradient.norm(dim=-1) > 0).all()
 
@@ -412,7 +412,7 @@ def test_gradient_checkpointing_recomputes_every_layer(make, pictures):
         for name, mlp in model.named_modules():
             if name.endswith(".mlp"):  # one in each layer
                 mlp.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
-        return torch.autograd.grad(model.train().response_logps(batch).sum(), [p for p in model.parameters() if p.requires_grad]), calls
+        return torch.autograd.grad(model.train().token_logps(batch).sum(), [p for p in model.parameters() if p.requires_grad]), calls
     plain, calls = gradients_and_calls(make())
     assert list(calls.values()) == [1] * 4  # two of the encoder's three layers, two of the LLM
     model = make()
@@ -428,9 +428,9 @@ def test_bf16_is_near_fp32(make, pictures):
     # autocast as on a GPU: fp32 out, every token's log-probability within bf16's own error
     model = make()
     batch = batch_of(model, pictures)
-    exact = model.response_logps(batch)
+    exact = model.token_logps(batch)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = model.response_logps(batch)
+        rough = model.token_logps(batch)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     close(rough, exact, rtol=.05, atol=.1)
 

@@ -51,8 +51,8 @@ def hold(request, monkeypatch, tmp_path):
 def test_rows_are_standardised_by_the_training_rows(hold):
     # mean 0 and deviation 1 of the columns of train, a constant column stays finite; test rows by the very same numbers
     x, other = np.hstack([blobs()[0], np.full((240, 1), 7, np.float32)]), np.random.default_rng(1).normal(9, 4, (50, 6)).astype(np.float32)
-    rows = readers.Rows(hold(x))
-    more, mean, std = readers.Rows(hold(other), like=rows), x.astype(float).mean(0), x.astype(float).std(0) + 1e-6
+    rows = readers.Standardised(hold(x))
+    more, mean, std = readers.Standardised(hold(other), like=rows), x.astype(float).mean(0), x.astype(float).std(0) + 1e-6
     assert (rows.kept is None) == (readers.CHUNK < 2**20)
     for mine, numbers, source in ((rows, np.array([3, 239, 0, 3]), x), (more, np.arange(50), other)):
         expected = ((source[numbers] - mean) / std)[:, :5]
@@ -63,7 +63,7 @@ def test_rows_are_standardised_by_the_training_rows(hold):
 def test_logistic_regression_is_scikit_learns(hold):
     # mean cross-entropy + s |W|^2 is scikit-learn's C sum cross-entropy + |W|^2 / 2 at C = 1 / (2 s n); softmax ignores a common shift
     x, y = blobs()
-    rows, numbers = readers.Rows(hold(x)), np.random.default_rng(0).permutation(240)[:200]
+    rows, numbers = readers.Standardised(hold(x)), np.random.default_rng(0).permutation(240)[:200]
     standard = ((x - x.astype(float).mean(0)) / (x.astype(float).std(0) + 1e-6))[numbers]
     weights = readers.fit_linear(rows, numbers, y[numbers], 3)
     assert weights.shape == (5, 6, 3)
@@ -78,7 +78,7 @@ def test_logistic_regression_is_scikit_learns(hold):
 def test_fit_linear_is_the_optimum_of_each_strength_alone(hold):
     # the gradient of cross-entropy + s |W|^2 by hand; the bias is not regularised
     x, y = blobs()
-    rows, numbers, strengths = readers.Rows(hold(x)), np.arange(20, 220), [1e-3, 1e-1]
+    rows, numbers, strengths = readers.Standardised(hold(x)), np.arange(20, 220), [1e-3, 1e-1]
     inputs = rows[numbers].double()
     for w, strength in zip(readers.fit_linear(rows, numbers, y[numbers], 3, strengths).double(), strengths):
         error = ((inputs @ w[:-1] + w[-1]).softmax(-1) - torch.eye(3).double()[y[numbers]]) / 200
@@ -90,7 +90,7 @@ def test_many_features_are_fitted_to_the_optimum_too():
     # more features than rows, the weakest strengths: there the optimum is far away
     rng = np.random.default_rng(0)
     x, y = rng.normal(0, 1, (60, 100)).astype(np.float32), rng.integers(0, 4, 60)
-    rows = readers.Rows(x)
+    rows = readers.Standardised(x)
     standard, numbers = rows[np.arange(60)].double().numpy(), np.arange(60)
     objective = lambda w, s: np.mean(np.log(np.exp(standard @ w[:-1] + w[-1]).sum(1)) - (standard @ w[:-1] + w[-1])[numbers, y]) + s * (w[:-1]**2).sum()
     for w, strength in zip(readers.fit_linear(rows, numbers, y, 4).double().numpy(), readers.STRENGTHS):
@@ -140,17 +140,16 @@ def test_the_best_classes_in_order(hold):
     # top k by sorting the logits of all classes; more asked for than there are gives all
     rng = np.random.default_rng(0)
     x, weights = rng.normal(0, 1, (31, 4)).astype(np.float32), torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    rows, numbers = readers.Rows(hold(x)), rng.permutation(31)[:20]
+    rows, numbers = readers.Standardised(hold(x)), rng.permutation(31)[:20]
     logits = rows[numbers].double().numpy() @ weights[:-1].double().numpy() + weights[-1].double().numpy()
     for k in (1, 5, 9):
-        found = readers.best_first(rows, numbers, lambda x: readers.classify(x, weights), 7, k)
+        found = readers.top_k(rows, numbers, lambda x: readers.linear(x, weights), 7, k)
         assert (found == np.argsort(-logits, axis=1)[:, :k]).all()
 
 
 def test_prototypes_by_a_double_loop(hold):
-    # cosine-normalised rows, their mean a class (not normalised again), the largest products first; label -1 takes no part
-    x, y = blobs(60, 5, 4)
-    test_x, y = blobs(30, 5, 4, seed=1)[0], np.where(np.arange(60) % 7 == 3, -1, y)
+    # cosine-normalised rows, their mean a class (not normalised again), the largest products first
+    (x, y), test_x = blobs(60, 5, 4), blobs(30, 5, 4, seed=1)[0]
     products = np.zeros((30, 4))
     for c in range(4):
         rows = [row / np.linalg.norm(row) for row, label in zip(x.astype(float), y) if label == c]

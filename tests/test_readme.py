@@ -21,7 +21,7 @@ import scenes
 import sources
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "train_grpo.py", "probe.py", "eval_vqa.py", "report.py", "bench.py", "prepare.py", "artefacts.py"]
+SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "train_grpo.py", "probe.py", "eval_vqa.py", "report.py", "grids.py", "bench.py", "prepare.py", "artefacts.py"]
 COMMANDS_OF = {"data": "prepare", "model": "artefacts"}  # where the commands of a file that is read for something else are
 
 
@@ -31,27 +31,19 @@ def readme():
 
 
 def test_speedrun_from_another_folder(tmp_path):
-    """Every stage with small numbers, then again: what is there is not made twice."""
+    """The first command of README with small numbers, every stage for real"""
     env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-           "TORCH_COMPILE_DISABLE": "1", "STAGE1_STEPS": "3", "N_PAIRS": "10", "EPOCHS": "1", "N_TEST": "40", "PROBE_SEEDS": "1", "OUT": "study",
-           "ARMS": "sft dpo grpo"}
-    command = ["bash", os.path.join(ROOT, "speedrun.sh")]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+           "TORCH_COMPILE_DISABLE": "1", "STAGE1_STEPS": "3", "N_PAIRS": "10", "EPOCHS": "1", "N_TEST": "20", "PROBE_SEEDS": "1", "OUT": "study",
+           "ARMS": "sft dpo"}
+    done = subprocess.run(["bash", os.path.join(ROOT, "speedrun.sh")], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "n = 1: not resolved" in done.stdout and "DPO minus SFT" in done.stdout
-    for arm in ("stage1", "sft", "dpo", "grpo"):
-        assert sorted({*os.listdir(tmp_path / "study" / "seed0" / arm)} - {"samples.jsonl"}) == \
-            ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
+    for arm in ("stage1", "sft", "dpo"):
+        assert sorted(os.listdir(tmp_path / "study" / "seed0" / arm)) == ["config.json", "connector.safetensors", "llm", "log.jsonl", "vision"]
     report = json.load(open(tmp_path / "study" / "report.json"))
-    assert set(report["rows"]["classification"]) == {"random", "stage1", "sft", "dpo", "grpo"}
+    assert set(report["rows"]["classification"]) == {"random", "stage1", "sft", "dpo"}
     first_line = json.loads(open(tmp_path / "study" / "seed0" / "dpo" / "log.jsonl").readline())
     assert first_line["loss"] == pytest.approx(0.693147, abs=1e-6) and first_line["accuracy"] == .5
-    made = {path: os.path.getmtime(path) for path in (tmp_path / "study" / "seed0").iterdir()}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(" is there") == 7
-    assert made == {path: os.path.getmtime(path) for path in made}
-    done = subprocess.run(command, cwd=tmp_path, env={**env, "STAGE1_STEPS": "4"}, capture_output=True, text=True)
-    assert done.returncode == 1 and "other settings" in done.stderr                 # never a mixture of two studies
 
 
 STAND_IN = """#!/bin/sh
@@ -67,15 +59,33 @@ done
 """
 
 
-def commands_of(script, tmp_path, **settings):
-    """The commands that a shell script gives, in their order, run with a stand-in for python: [[script, flag, ...], ...]"""
+def run_with_stand_in(script, tmp_path, settings):
+    """A shell script with a stand-in for python. -> what came of it, the commands so far in their order: [[script, flag, ...], ...]"""
     (tmp_path / "bin").mkdir(exist_ok=True)
     (tmp_path / "bin" / "python").write_text(STAND_IN)
     (tmp_path / "bin" / "python").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NOTED": str(tmp_path / "noted"), **settings}
     done = subprocess.run(["bash", os.path.join(ROOT, script)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return done, [[os.path.basename(words[0]), *words[1:]] for words in map(shlex.split, (tmp_path / "noted").read_text().splitlines())]
+
+
+def commands_of(script, tmp_path, **settings):
+    done, commands = run_with_stand_in(script, tmp_path, settings)
     assert done.returncode == 0, done.stderr
-    return [[os.path.basename(words[0]), *words[1:]] for words in map(shlex.split, (tmp_path / "noted").read_text().splitlines())]
+    return commands
+
+
+def test_a_study_goes_on_where_it_was_and_is_never_mixed_with_another(tmp_path):
+    settings = {"ARMS": "sft dpo grpo", "OUT": "study"}
+    made = commands_of("speedrun.sh", tmp_path, **settings)
+    again = commands_of("speedrun.sh", tmp_path, **settings)
+    assert len(made) == 8 and again == [*made, made[-1]] and made[-1][0] == "report.py"   # what is there is not made twice
+    shutil.rmtree(tmp_path / "study" / "seed0" / "dpo")
+    assert commands_of("speedrun.sh", tmp_path, **settings) == [*again, made[2], made[-1]]
+    done, _ = run_with_stand_in("speedrun.sh", tmp_path, {**settings, "STAGE1_STEPS": "4"})
+    assert done.returncode == 1 and "other settings" in done.stderr
+    done, _ = run_with_stand_in("speedrun.sh", tmp_path, {"ARMS": "sft ppo"})
+    assert done.returncode == 1 and "ARMS: there is no ppo" in done.stderr
 
 
 @pytest.mark.parametrize("script, settings, n", [

@@ -147,13 +147,13 @@ def test_one_model_in_memory(reference, n_models, dpo, monkeypatch):
 @pytest.fixture
 def forwards(monkeypatch):
     """A list of the pairs of each forward pass without gradient: what the reference costs"""
-    pairs, forward = [], MLLM.response_logps
+    pairs, forward = [], MLLM.token_logps
 
     def counting_forward(self, batch, *args):
         if not torch.is_grad_enabled():
             pairs.append(len(batch.rows))
         return forward(self, batch, *args)
-    monkeypatch.setattr(MLLM, "response_logps", counting_forward)
+    monkeypatch.setattr(MLLM, "token_logps", counting_forward)
     return pairs
 
 
@@ -206,7 +206,7 @@ def test_another_seed(dpo, start, jsonl):
 
 def test_a_kill_loses_little(dpo, start, forwards, monkeypatch):
     # saved every minute (the clock runs fast here): what was computed before a kill is not computed again
-    clock, counting_forward = iter(range(0, 10_000, 61)), MLLM.response_logps
+    clock, counting_forward = iter(range(0, 10_000, 61)), MLLM.token_logps
 
     def killed(*args):
         if len(forwards) == 3:
@@ -214,7 +214,7 @@ def test_a_kill_loses_little(dpo, start, forwards, monkeypatch):
         return counting_forward(*args)
     with monkeypatch.context() as patch:
         patch.setattr(train_dpo, "time", SimpleNamespace(time=lambda: next(clock)))
-        patch.setattr(MLLM, "response_logps", killed)
+        patch.setattr(MLLM, "token_logps", killed)
         with pytest.raises(SystemExit, match="^stopped$"):
             dpo()
     assert len(files(start)) == 1 and len(load_file(f"{start}.reference/{files(start)[0]}")["row"]) == 12

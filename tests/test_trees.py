@@ -18,7 +18,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, SiglipIma
 
 import model as model_file
 from conftest import DINO, HALF, LLM, VISION, randomise
-from model import MLLM, ResponseLogps, chunk_logits_gradient, chunk_logps
+from model import MLLM, TokenLogps, chunk_logits_gradient, chunk_logps
 from train_dpo import dpo_loss
 from trees import pack
 
@@ -35,7 +35,7 @@ def test_the_layout_of_the_docstring():
     assert batch.input_ids.tolist() == [[5, -1, 6, 7, 8, 9, 8, 3]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5]]
     assert batch.branch_end.tolist() == [[8, 8, 8, 8, 6, 6, 8, 8]]
-    assert batch.sources.tolist() == [3, 4, 3, 6] and batch.targets.tolist() == [8, 9, 8, 3]
+    assert batch.logit_at.tolist() == [3, 4, 3, 6] and batch.targets.tolist() == [8, 9, 8, 3]
     assert batch.response_of.tolist() == [0, 0, 1, 1] and batch.n_responses == 2 and batch.rows == ()
     drawn = ["x.......", "xx......", "xxx.....", "xxxx....", "xxxxx...", "xxxxxx..", "xxxx..x.", "xxxx..xx"]
     assert batch.visible().shape == (1, 1, 8, 8) and batch.visible().dtype == torch.bool
@@ -52,7 +52,7 @@ def test_the_layout_of_two_trees_in_a_row():
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 4], [0, 1, 2, 3, 2, 0, 1, 2, 0], [0, 1, 2] + [0] * 6]
     assert batch.branch_end.tolist() == [[9, 9, 4, 4, 9, 9, 8, 8, 9], [5, 5, 4, 4, 5, 8, 8, 8, 9], [3, 3, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.targets.tolist() == [12, 23, 26, 27, 28, 32, 33, 34, 42] and batch.response_of.tolist() == [0, 1, 2, 2, 3, 4, 4, 5, 6]
-    assert batch.sources.tolist() == [15, 2, 5, 6, 5, 10, 11, 10, 19] and batch.n_responses == 7
+    assert batch.logit_at.tolist() == [15, 2, 5, 6, 5, 10, 11, 10, 19] and batch.n_responses == 7
 
 
 def random_ids(seed):
@@ -68,7 +68,7 @@ def random_ids(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_each_token_sees_its_own_branch_and_its_ancestors(seed):
-    # visible, positions, sources, targets and numbering of random trees against their definition, token by token
+    # visible, positions, logit_at, targets and numbering of random trees against their definition, token by token
     trunks, trees = random_ids(seed)
     batch = pack(trunks, trees, torch.zeros(1, 3, 2, 2), 0)
     ids, visible, width = batch.input_ids, batch.visible()[:, 0], batch.input_ids.shape[1]
@@ -88,7 +88,7 @@ def test_each_token_sees_its_own_branch_and_its_ancestors(seed):
                 mine = batch.response_of == number
                 assert batch.targets[mine].tolist() == response
                 previous = path[len(path) - len(response) - 1:-1]
-                assert batch.sources[mine].tolist() == [place[token][0] * width + place[token][1] for token in previous]
+                assert batch.logit_at[mine].tolist() == [place[token][0] * width + place[token][1] for token in previous]
                 number += 1
     assert number == batch.n_responses and batch.response_of.tolist() == sorted(batch.response_of.tolist())
     padding = ids == 0
@@ -195,18 +195,18 @@ def oracle(models, forest):
 
 
 def by_trees(batch):
-    """By response_logps, all in one batch"""
+    """By token_logps, all in one batch"""
     def logps_of(model, pixels):
         batch.pixels = pixels
-        return batch.per_response(model.response_logps(batch))
+        return batch.per_response(model.token_logps(batch))
     return logps_of
 
 
 def by_rows(forest):
-    """By response_logps, each response in a pack of its own"""
+    """By token_logps, each response in a pack of its own"""
     def logps_of(model, pixels):
         alone = [packed(model, ((0, ((question, (response,)),)),), pixels[i:i + 1]) for i, question, response in flat(forest)]
-        return torch.cat([batch.per_response(model.response_logps(batch)) for batch in alone])
+        return torch.cat([batch.per_response(model.token_logps(batch)) for batch in alone])
     return logps_of
 
 
@@ -320,8 +320,8 @@ def test_equal_responses_carry_no_preference(seed, models):
     m, forest = models(), tuple((i, tuple((q, (chosen, chosen)) for q, (chosen, _) in tree)) for i, tree in random_forest(seed, 3))
     batch = packed(m.policy, forest, m.pixels)
     with torch.no_grad():
-        reference = batch.per_response(m.reference.response_logps(batch))
-    policy = batch.per_response(m.policy.response_logps(batch))
+        reference = batch.per_response(m.reference.token_logps(batch))
+    policy = batch.per_response(m.policy.token_logps(batch))
     apart = [(x[0::2] - x[1::2]).detach().double().numpy() for x in (policy, reference)]
     for difference, x in zip(apart, (policy, reference)):
         assert (abs(difference) <= 4 * np.spacing(x[0::2].abs().detach().numpy())).all()
@@ -344,17 +344,17 @@ def test_what_stands_in_the_padding_does_not_matter(models):
     padding = (batch.positions == 0) & (batch.branch_end == torch.arange(batch.input_ids.shape[1]) + 1)
     assert padding.sum() > 20 and (batch.input_ids[padding] == m.policy.chat.pad_id).all()
     with torch.no_grad():
-        before = m.policy.response_logps(batch)
+        before = m.policy.token_logps(batch)
         for other in (5, -3):
             batch.input_ids[padding] = other
-            assert torch.equal(m.policy.response_logps(batch), before)
+            assert torch.equal(m.policy.token_logps(batch), before)
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0)])
 def test_the_order_of_trees_is_theirs(order, models):
     # trees given in another order: the same log-probs, in that order
     m = models()
-    logps = lambda forest: [batch.per_response(m.policy.response_logps(batch)).detach() for batch in [packed(m.policy, forest, m.pixels)]][0]
+    logps = lambda forest: [batch.per_response(m.policy.token_logps(batch)).detach() for batch in [packed(m.policy, forest, m.pixels)]][0]
     sizes = [sum(len(responses) for _, responses in tree) for _, tree in PLANTED]
     parts = logps(PLANTED).split(sizes)
     close(logps(tuple(PLANTED[t] for t in order)), torch.cat([parts[t] for t in order]), rtol=1e-5, atol=0)
@@ -429,7 +429,7 @@ def test_the_hot_path_is_log_softmax(chunk, with_bias, monkeypatch):
     leaves = [x for x in (hidden, weight, bias) if x is not None]
     exact = [None if x is None else x.detach().double().requires_grad_(True) for x in (hidden, weight, bias)]
     coefficients = torch.linspace(-2, 3, 11)
-    fast, slow = ResponseLogps.apply(hidden, weight, bias, targets, EAGER), by_log_softmax(*exact, targets)
+    fast, slow = TokenLogps.apply(hidden, weight, bias, targets, EAGER), by_log_softmax(*exact, targets)
     close(fast.double(), slow, rtol=1e-6, atol=1e-6)
     for a, b in zip(torch.autograd.grad((fast * coefficients).sum(), leaves),
                     torch.autograd.grad((slow * coefficients).sum(), [x for x in exact if x is not None]), strict=True):
@@ -441,14 +441,14 @@ def test_gradcheck(with_bias, monkeypatch):
     # torch's own check of every derivative by finite differences, in double, three chunks of two, two and one token
     monkeypatch.setattr(model_file, "CHUNK_LOGITS", 2 * 7)
     hidden, weight, bias, targets = some(5, 3, 7, torch.double, with_bias)
-    assert torch.autograd.gradcheck(lambda *x: ResponseLogps.apply(*x, *([] if with_bias else [None]), targets, EAGER),
+    assert torch.autograd.gradcheck(lambda *x: TokenLogps.apply(*x, *([] if with_bias else [None]), targets, EAGER),
                                     (hidden, weight, bias)[:2 + with_bias])
 
 
 def test_extreme_logits_stay_finite():
     # logits of +-1e4: log-probs of 0 and -2e4, and a gradient of zeros and ones
     hidden, weight = torch.tensor([[1e4], [1e4]], requires_grad=True), torch.tensor([[1.], [-1.], [0.]], requires_grad=True)
-    logps = ResponseLogps.apply(hidden, weight, None, torch.tensor([0, 1]), EAGER)
+    logps = TokenLogps.apply(hidden, weight, None, torch.tensor([0, 1]), EAGER)
     assert logps.tolist() == [0., -2e4]
     logps.sum().backward()
     assert hidden.grad.tolist() == [[0.], [-2.]] and weight.grad.tolist() == [[-1e4], [1e4], [0.]]
@@ -459,11 +459,11 @@ def test_what_is_frozen_costs_nothing(frozen, monkeypatch):
     # no gradient for a frozen input, the same bits for the others
     monkeypatch.setattr(model_file, "CHUNK_LOGITS", 3 * 50)
     names, (*inputs, targets) = ("hidden", "weight", "bias"), some(11, 16, 50)
-    everything = torch.autograd.grad((ResponseLogps.apply(*inputs, targets, EAGER) * torch.arange(11)).sum(), inputs)
+    everything = torch.autograd.grad((TokenLogps.apply(*inputs, targets, EAGER) * torch.arange(11)).sum(), inputs)
     *inputs, targets = some(11, 16, 50)
     for name, x in zip(names, inputs):
         x.requires_grad_(name not in frozen)
-    (ResponseLogps.apply(*inputs, targets, EAGER) * torch.arange(11)).sum().backward()
+    (TokenLogps.apply(*inputs, targets, EAGER) * torch.arange(11)).sum().backward()
     for name, x, expected in zip(names, inputs, everything):
         assert x.grad is None if name in frozen else torch.equal(x.grad, expected)
 
@@ -498,7 +498,7 @@ def test_memory_does_not_grow_with_the_tokens(tokens, monkeypatch):
     monkeypatch.setattr(model_file, "CHUNK_LOGITS", chunk)
     hidden, weight, bias, targets = some(tokens, 4, 1000)
     with Memory(1000) as memory, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        logps = ResponseLogps.apply(hidden, weight, bias, targets, EAGER)
+        logps = TokenLogps.apply(hidden, weight, bias, targets, EAGER)
         forward = memory.peak
         logps.sum().backward()
     assert memory.largest == chunk and memory.calls > tokens / 8 * 10  # every operation of both passes was seen
@@ -512,10 +512,10 @@ def test_the_vocabulary_is_met_in_fp32(models):
     m, hidden = models("clip", "llama"), []
     batch = packed(m.policy, random_forest(12, 3, (1, 3)), m.pixels)
     hook = m.policy.llm.model.register_forward_hook(lambda module, args, out: hidden.append(out.last_hidden_state))
-    logps = autocast(m.policy.response_logps)(batch)
+    logps = autocast(m.policy.token_logps)(batch)
     hook.remove()
-    assert not torch.equal(logps, m.policy.response_logps(batch))
-    exact = by_log_softmax(hidden[0].flatten(0, 1)[batch.sources].double(), m.policy.llm.lm_head.weight.double(), None, batch.targets)
+    assert not torch.equal(logps, m.policy.token_logps(batch))
+    exact = by_log_softmax(hidden[0].flatten(0, 1)[batch.logit_at].double(), m.policy.llm.lm_head.weight.double(), None, batch.targets)
     assert logps.dtype == torch.float32
     close(logps.double(), exact, rtol=1e-6, atol=1e-5)
 
@@ -530,7 +530,7 @@ def responses_of(batch, n_trunk):
     found, positions = [], batch.positions.flatten()
     for number in range(batch.n_responses):
         mine = batch.response_of == number
-        last = int(batch.sources[mine][0])
+        last = int(batch.logit_at[mine][0])
         start = found[-1].end if found and found[-1].last == last else last + 1
         tree = int((positions[:last + 1] == 0).nonzero()[-1])
         found.append(Response(number, tree, last + 1 - (int(positions[last]) - n_trunk + 1), last, start, start + int(mine.sum())))
@@ -569,12 +569,12 @@ def a_tree_sees_its_neighbour(batch, responses, tree_end):
 
 def rejected_starts_from_chosen(batch, responses, tree_end):
     for r in responses[1::2]:
-        batch.sources[(batch.response_of == r.number).nonzero()[0]] = r.start - 1
+        batch.logit_at[(batch.response_of == r.number).nonzero()[0]] = r.start - 1
 
 
 def no_shift(batch, responses, tree_end):
     for r in responses:
-        batch.sources[batch.response_of == r.number] = torch.arange(r.start, r.end)
+        batch.logit_at[batch.response_of == r.number] = torch.arange(r.start, r.end)
 
 
 def rejected_does_not_see_the_question(batch, responses, tree_end):
@@ -646,7 +646,7 @@ def test_the_hot_path_is_fp32_wherever_backward_is_called():
     def gradients(inside):
         with torch.autocast("cpu", torch.bfloat16):
             with torch.autocast("cpu", enabled=False):
-                total = model_file.ResponseLogps.apply(hidden, weight, None, targets, (model_file.chunk_logps, model_file.chunk_logits_gradient)).sum()
+                total = model_file.TokenLogps.apply(hidden, weight, None, targets, (model_file.chunk_logps, model_file.chunk_logits_gradient)).sum()
             if inside:
                 return torch.autograd.grad(total, (hidden, weight))
         return torch.autograd.grad(total, (hidden, weight))
