@@ -352,6 +352,7 @@ def test_pivot_stage_1_is_the_papers_mixture():
 @pytest.mark.parametrize("source, error, message", [
     ("mmpr-v1.2", data.InputError, r"--data mmpr-v1\.2 comes as archives.*: python data\.py prepare 'mmpr-v1\.2' --out DIR, then --data DIR/rows\.jsonl"),
     ("llava-pretrain[:10]", data.InputError, r".*python data\.py prepare 'llava-pretrain' --out DIR.*"),
+    ("llava-pretrain/rows.jsonl", OSError, r".*llava-pretrain/rows\.jsonl.*"),            # a path that is not there, not an archive
     ("vlaa-thinking", data.InputError, r".*python data\.py prepare 'vlaa-thinking' --out DIR.*"),
     ("llava-onevision/ureader_qa", data.InputError, r".*python data\.py prepare 'llava-onevision/ureader_qa' --out DIR.*"),
     ("rlaif-v/train", data.InputError, r"--data rlaif-v/train: rlaif-v has no configs; leave /train out"),
