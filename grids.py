@@ -1,10 +1,12 @@
 """
-Tables and pictures of the two grids: which learning rate for which arm, and what decides the sign of DPO minus SFT.
+Tables and pictures beside the study: which learning rate for which arm, what decides the sign of DPO minus SFT, and
+when an encoder is lost.
 
     python grids.py sweep runs/sweep                                after sweep.sh (which calls this)
     python grids.py map runs/map/seed0 runs/map/seed1 --out runs/map     after map.sh (likewise)
+    python grids.py path runs/path/seed0 --out runs/path            after path.sh (likewise)
 
-Both write report.json, report.md and report.png into OUT (of a sweep: into its folder).
+All write report.json, report.md and report.png into OUT (of a sweep: into its folder).
 """
 import argparse
 import os
@@ -17,8 +19,8 @@ from figures import canvas, color_of, save
 from report import difference_text, paired, read_log, results, write
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
-parser.add_argument("kind", choices=("sweep", "map"), help="which script made the folders")
-parser.add_argument("folders", nargs="+", help="the folder of a sweep, or one folder a seed of a map")
+parser.add_argument("kind", choices=("sweep", "map", "path"), help="which script made the folders")
+parser.add_argument("folders", nargs="+", help="the folder of a sweep, or one folder a seed of a map or path")
 parser.add_argument("--out", help="folder for report.json, report.md and report.png")
 
 SWEPT = {"sft": "SFT", "dpo": "DPO", "dpo_sft": "DPO + 0.1 SFT", "mpo": "MPO", "grpo": "GRPO"}
@@ -131,13 +133,29 @@ def read_map(seed):
     return found
 
 
-def in_order(name):
-    """Conditions by start, smaller ones first, wider models last; within a start as map.sh makes them"""
+CONDITIONS = {  # what the pairs are, as scenes.py and map.sh call it -> in words, in the order of the table
+    "plain": "own style, the truth against one error", "taught_poor": "own style, few errors",
+    "foreign_exact": "foreign style, no errors", "foreign": "foreign style, few errors",
+    "foreign_poor": "foreign style, many errors", "own": "its own samples, best against worst",
+    "beta": "foreign style, few errors, beta", "n": "foreign style, few errors, pairs:"}
+
+
+def parsed(name):
+    """START.CONDITION -> is it the wider model, its steps, the condition's kind, its number or 0"""
     start, _, condition = name.partition(".")
-    order = ("plain", "taught_poor", "foreign_exact", "foreign", "foreign_poor", "own", "beta", "n")
     kind, number = re.fullmatch(r"(beta|n|.*?)([\d.]*)", condition).groups()
-    return start.startswith("wide"), int(start.removeprefix("wide")), \
-        order.index(kind) if kind in order else len(order), float(number or 0), condition
+    return start.startswith("wide"), int(start.removeprefix("wide")), kind, float(number or 0)
+
+
+def in_order(name):
+    """Smaller starts first, wider models last; within a start as CONDITIONS says"""
+    wide, steps, kind, number = parsed(name)
+    return wide, steps, [*CONDITIONS, kind].index(kind), number, name
+
+
+def in_words(name):
+    wide, steps, kind, number = parsed(name)
+    return f"{'wide, ' * wide}{steps} steps: {CONDITIONS.get(kind, kind)}" + f" {number:g}" * bool(number)
 
 
 def report_map(seeds, out):
@@ -149,22 +167,26 @@ def report_map(seeds, out):
     left_out = sorted(set.union(*map(set, found)) - {*names})
     result = {name: {m: {f"{a} - {b}": paired(of(name, a, m), of(name, b, m)) for a, b in contrasts} for m in MAPPED}
               for name in names}
-    lines = [[name, f"{100 * np.mean(of(name, 'start', 'restricted')):.1f}",
+    starts = {name: [each[name]["start"] for each in found] for name in names}
+    lines = [[in_words(name), f"{100 * np.mean(of(name, 'start', 'restricted')):.1f}",
               *(difference_text(result[name][m][f"{a} - {b}"]) for m in MAPPED for a, b in contrasts)]
              for name in names]
-    heads = ["steps of stage 1, pairs", "start, restricted",
+    heads = ["steps of stage 1: pairs", "start, restricted",
              *(f"{heading}: {a} - {b}" for _, heading in MAPPED.values() for a, b in contrasts)]
 
     def draw(path):
-        figure, axes = canvas(1, len(MAPPED), 4.6, .24 * len(names) + .8)
+        figure, axes = canvas(1, len(MAPPED), 4.8, .24 * len(names) + .8)
         for column, (axis, (measure, (_, heading))) in enumerate(zip(axes[0], MAPPED.items())):
             for y, name in enumerate(names):
                 for shift, arm in ((.18, "sft"), (-.18, "dpo")):
+                    if arm == "sft" and parsed(name)[2] == "beta":                      # it has none
+                        continue
                     d = [100 * x for x in result[name][measure][f"{arm} - start"]["per_seed"]]
                     axis.scatter(d, [shift - y] * len(d), s=14, color=color_of(arm, []), linewidths=0,
                                  label=f"{arm.upper()} minus its start" if y == 0 else None)
             axis.axvline(0, color="0.5", linewidth=.8)
-            axis.set_yticks(range(0, -len(names), -1), names if column == 0 else [""] * len(names), fontsize=7)
+            axis.set_yticks(range(0, -len(names), -1), list(map(in_words, names)) if column == 0 else [""] * len(names),
+                            fontsize=7)
             axis.grid(alpha=.3)
             axis.set_title(heading + ", %-points", fontsize=9)
         axes[0, 0].legend(fontsize=7)
@@ -173,14 +195,64 @@ def report_map(seeds, out):
 
     title = f"paired differences in %-points, {len(seeds)} seed(s)" + " [95 % interval]" * (len(seeds) > 1)
     text = [f"not in every seed, so left out: {', '.join(left_out)}"] if left_out else []
-    write(out, {"seeds": seeds, "map": result}, [(title, heads, lines)], text, draw)
+    write(out, {"seeds": seeds, "start": starts, "map": result}, [(title, heads, lines)], text, draw)
+
+
+# ---- the path --------------------------------------------------------------------------------------------------------
+
+PATHS = {"sft": "SFT", "sft_slow": "SFT at DPO's rate", "warm_sft": "warm-up, then SFT", "dpo": "DPO"}
+ALONG = {"swap": "swap test: stage 1's LLM reads the encoder, %", "drift_vision": "drift of the encoder, %",
+         "loss": "training loss (SFT: nats a token)"}
+
+
+def read_path(seed):
+    """One seed's folder -> {arm: (steps taken (S,), {what: (S,)})}; at 0 steps stands the start"""
+    found = {}
+    for arm in PATHS:
+        log, table = read_log(os.path.join(seed, arm)), results(seed, f"{arm}.swap")
+        steps = np.array(sorted(int(row[5:]) for row in table if row.startswith("step-")))
+        at = lambda row: 100 * table[row]["vision-centric"]["restricted"][0]
+        near = np.abs(log["step"][:, None] - np.append(0, steps - 1)).argmin(0)         # not every step is logged
+        found[arm] = np.append(0, steps), {
+            "swap": np.array([at("stage1"), *(at(f"step-{step}") for step in steps)]),
+            "drift_vision": 100 * log["drift_vision"][near], "loss": log["loss"][near]}
+    return found
+
+
+def report_path(seeds, out):
+    """A line an arm: how far it is after so many steps; one picture"""
+    found = [read_path(seed) for seed in seeds]
+    steps = found[0]["sft"][0]
+    mean = {arm: {what: np.mean([each[arm][1][what] for each in found], 0) for what in ALONG} for arm in PATHS}
+    shown = [i for i, step in enumerate(steps) if step in (0, 8, 16, 24, 40, 80) or step == steps[-1]]
+    lines = [[f"{PATHS[arm]}: {heading}", *(f"{mean[arm][what][i]:.1f}" for i in shown)]
+             for arm in PATHS for what, heading in ALONG.items()]
+
+    def draw(path):
+        figure, axes = canvas(1, len(ALONG), 4, 3)
+        for axis, (what, heading) in zip(axes[0], ALONG.items()):
+            for arm in PATHS:
+                for each in found:
+                    axis.plot(*each[arm][:1], each[arm][1][what], color=color_of(arm, []), linewidth=.5, alpha=.5)
+                axis.plot(steps, mean[arm][what], color=color_of(arm, []), label=PATHS[arm])
+            axis.set_title(heading, fontsize=9)
+            axis.set_xlabel("steps", fontsize=8)
+            axis.grid(alpha=.3)
+        axes[0, 0].legend(fontsize=7)
+        save(figure, path)
+
+    write(out, {"seeds": seeds, "steps": steps.tolist(), "path": {
+        arm: {what: [each[arm][1][what].tolist() for each in found] for what in ALONG} for arm in PATHS}},
+        [(f"after so many steps, mean of {len(seeds)} seed(s)", ["", *(str(steps[i]) for i in shown)], lines)], [],
+        draw)
 
 
 def main():
     args = parser.parse_args()
     if args.kind == "sweep":
         return report_sweep(args.folders[0], args.out or args.folders[0])
-    report_map(args.folders, args.out or os.path.dirname(os.path.abspath(args.folders[0])))
+    report = report_map if args.kind == "map" else report_path
+    report(args.folders, args.out or os.path.dirname(os.path.abspath(args.folders[0])))
 
 
 if __name__ == "__main__":

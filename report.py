@@ -6,11 +6,12 @@ The study in two tables and one picture: what probe.py and eval_vqa.py found for
 
 Reads results.json in SEED/probe, SEED/vqa and SEED/swap and the logs and FLOPs of the arms; of a transplant,
 results.json in SEED/vqa and SEED/probe and the FLOPs in config.json of its runs. Writes OUT/report.json, OUT/report.md
-and OUT/report.png. Rows are means over seeds. Differences are paired within a seed, with a 95 % t interval over seeds,
-each of which brings test rows of its own. (A bootstrap over so few seeds would be too sure of itself: of 95 % intervals
-over 5 seeds and their rows some 88 % hold the truth; tests/test_report.py counts.) Of so many differences some leave 0
-out by chance: DPO minus SFT, extracted and in the swap test, is what the study is about; the others are there to
-explain it. From one seed no difference between arms is claimed: training again with another seed moves every number.
+and OUT/report.png, and of a study OUT/all.png. Rows are means over seeds. Differences are paired within a seed, with a
+95 % t interval over seeds, each of which brings test rows of its own. (A bootstrap over so few seeds would be too sure
+of itself: of 95 % intervals over 5 seeds and their rows some 88 % hold the truth; tests/test_report.py counts.) Of so
+many differences some leave 0 out by chance: DPO minus SFT, extracted and in the swap test, is what the study is about;
+the others are there to explain it. From one seed no difference between arms is claimed: training again with another
+seed moves every number.
 """
 import argparse
 import json
@@ -68,6 +69,7 @@ MEASURES = {  # key -> (heading, file, path inside its table)
     "drift": ("drift of the encoder's weights", None, None),
 }
 SHOWN = ("decoded", "extracted", "restricted", "swap", "mIoU", "mIoU_two_layer")   # with intervals
+SHORT = ("stage1", "more", "sft", "dpo", "warm_sft", "warm_dpo", "grpo", "sft_grpo")  # arms of the short picture
 ENCODERS = {"random": "random", "start": "start", "more": "start trained on", "sft": "+ SFT", "dpo": "+ DPO",
             "large": "larger, no post-training"}  # rows of the transplant; its columns:
 CONNECTORS = {"linear": "linear connector", "mlp": "MLP connector", "1+1": "MLP, first layer kept"}
@@ -147,9 +149,8 @@ def summarise(seeds):
 
 
 def difference_text(d):
-    if d["low"] is None:
-        return f"{100 * d['mean']:+.1f} (n = 1)"
-    return f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+    mean, low, high = (None if d[k] is None else f"{round(100 * d[k], 1) + 0.:+.1f}" for k in ("mean", "low", "high"))
+    return f"{mean} (n = 1)" if low is None else f"{mean} [{low}, {high}]"
 
 
 def study_tables(result, n_seeds):
@@ -226,10 +227,43 @@ def frame(axis, names, title, first):
     axis.tick_params(axis="x", labelsize=7)
 
 
+def draw_arms(axis, result, arms, measure, named):
+    """A panel with a line for each arm"""
+    frame(axis, [ARMS[arm] for arm in arms], MEASURES[measure][0] + ", %", named)
+    for y, arm in enumerate(arms):
+        if arm in result["rows"][measure]:
+            dots(axis, -y, result["rows"][measure][arm]["per_seed"], color_of(arm, arms))
+
+
+def draw_contrasts(axis, result, pairs, measure, named):
+    """A panel with a line for each paired difference"""
+    frame(axis, [f"{ARMS[a]} minus {ARMS[b]}" for a, b in pairs], "paired differences, %-points", named)
+    axis.axvline(0, color="0.5", linewidth=.8)
+    for y, (a, b) in enumerate(pairs):
+        d = result["differences"][f"{a} - {b}"].get(measure)
+        if d:
+            dots(axis, -y, d["per_seed"], color_of(a, []), d["low"], d["high"])
+
+
+def draw_short(path, result, n_seeds):
+    """The answers and the swap test of the arms that the study is about"""
+    arms = [arm for arm in SHORT if arm in result["rows"]["extracted"]]
+    pairs = [pair for pair in CONTRASTS if " - ".join(pair) in result["differences"] and {*pair} <= {*SHORT}]
+    figure, axes = plt.subplots(2, 2, figsize=(9, .3 * (len(arms) + len(pairs)) + 1.8), layout="constrained",
+                                height_ratios=(len(arms) + 1, len(pairs) + 1))
+    for column, measure in enumerate(("extracted", "swap")):
+        draw_arms(axes[0, column], result, arms, measure, column == 0)
+        axes[0, column].set_xlim(0, 102)
+        draw_contrasts(axes[1, column], result, pairs, measure, column == 0)
+    figure.suptitle("dot: seed, tick: mean, line: 95 % interval" if n_seeds > 1 else
+                    "n = 1: no difference is resolved", fontsize=8)
+    save(figure, path)
+
+
 def draw(path, result, seeds, text):
-    """The picture: arms and contrasts with a dot a seed, training curves of the first seed, gradient maps at equal
+    """All of it: arms and contrasts with a dot for each seed, training curves of the first seed, gradient maps at equal
     weights"""
-    rows, arms = result["rows"], [arm for arm in ARMS if any(arm in cells for cells in result["rows"].values())]
+    arms = [arm for arm in ARMS if any(arm in cells for cells in result["rows"].values())]
     pairs = [pair for pair in CONTRASTS if " - ".join(pair) in result["differences"]]
     height = [.3 * len(arms) + .5, .3 * len(pairs) + .5, 2.4, 6, 1.4]
     figure = plt.figure(figsize=(18, sum(height) + 4))
@@ -237,20 +271,8 @@ def draw(path, result, seeds, text):
     colors = {arm: color_of(arm, arms) for arm in arms}
     for column, measure in enumerate(SHOWN):
         place = slice(10 * column + (2 if column else 0), 10 * column + 10)
-        axis = figure.add_subplot(grid[0, place])
-        frame(axis, [ARMS[arm] for arm in arms], MEASURES[measure][0] + ", %", column == 0)
-        for y, arm in enumerate(arms):
-            if arm in rows[measure]:
-                dots(axis, -y, rows[measure][arm]["per_seed"], colors[arm])
-        axis = figure.add_subplot(grid[1, place])
-        frame(axis, [f"{ARMS[a]} minus {ARMS[b]}" for a, b in pairs],
-                 "paired differences, %-points" if column else
-                 "a dot a seed" + (", line: 95 % interval" if len(seeds) > 1 else "; n = 1: not resolved"), column == 0)
-        axis.axvline(0, color="0.5", linewidth=.8)
-        for y, pair in enumerate(pairs):
-            d = result["differences"][" - ".join(pair)].get(measure)
-            if d:
-                dots(axis, -y, d["per_seed"], colors[pair[0]], d["low"], d["high"])
+        draw_arms(figure.add_subplot(grid[0, place]), result, arms, measure, column == 0)
+        draw_contrasts(figure.add_subplot(grid[1, place]), result, pairs, measure, column == 0)
 
     curves = {arm: read_log(os.path.join(seeds[0], arm)) for arm in arms if arm not in ("random", "stage1")}
     panels = {"loss": "loss of the SFT arms, nats a token", "accuracy": "pair accuracy in training",
@@ -350,7 +372,9 @@ def main():
     result = summarise(args.seeds)
     text = sentences(result, len(args.seeds))
     write(args.out, {"seeds": args.seeds, **result}, study_tables(result, len(args.seeds)), text,
-          lambda path: draw(path, result, args.seeds, text))
+          lambda path: draw_short(path, result, len(args.seeds)))
+    draw(os.path.join(args.out, "all.png"), result, args.seeds, text)
+    print(f"wrote {args.out}/all.png: every arm and measure, training curves, gradient maps")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   bash speedrun.sh                          one seed, five arms, up to half an hour on two CPU cores
 #   SEEDS="0 1 2" bash speedrun.sh            the same for three seeds, paired
 #   PAIRS=plain OUT=runs/plain bash speedrun.sh          other pairs: foreign (default), plain, own, ... (scenes.py)
-#   ARMS=all STAGE1_STEPS=1500 SEEDS="0 1 2 3" OUT=runs/study bash speedrun.sh         the numbers in README
+#   ARMS=all STAGE1_STEPS=1500 SEEDS="0 1 2 3 4" OUT=runs/study bash speedrun.sh         the numbers in README
 #   ARMS=all WORLD=large STAGE1_STEPS=20000 N_PAIRS=20000 OUT=runs/large bash speedrun.sh      for a GPU
 #
 # Learning rates of the default world were picked by sweep.sh. A stage whose output exists is not run again, and

@@ -6,6 +6,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 bash "$here/sweep.sh"                                           # learning rates, on the tuning split
 source runs/sweep/rates.sh
-SEEDS="0 1 2 3" ARMS=all STAGE1_STEPS=1500 OUT=runs/study bash "$here/speedrun.sh"
-SEEDS="0 1" bash "$here/map.sh"                                 # what decides the sign
+SEEDS="0 1 2 3 4" ARMS=all STAGE1_STEPS=1500 OUT=runs/study bash "$here/speedrun.sh"
+SEEDS="0 1 3" bash "$here/path.sh"                               # when does an encoder lose it?
+SEEDS="0 1" bash "$here/map.sh"                                 # what decides how much
 SEEDS="0 1 2" bash "$here/transplant.sh"                        # what is an encoder worth to the next model?

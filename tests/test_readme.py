@@ -12,21 +12,30 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+import bench
+import comparison
 import data
 import eval_vqa
 import prepare
+import report
 import scenes
 import sources
+import train_dpo
+import train_sft
+from model import Connector, take_off_tail
+from train_dpo import dpo_loss
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ["scenes.py", "train_sft.py", "train_dpo.py", "train_grpo.py", "probe.py", "eval_vqa.py", "report.py", "grids.py", "bench.py", "prepare.py", "artefacts.py"]
 COMMANDS_OF = {"data": "prepare", "model": "artefacts"}  # where the commands of a file that is read for something else are
 
 
-def readme():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+def readme(name="README.md"):
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         return f.read()
 
 
@@ -91,7 +100,7 @@ def test_a_study_goes_on_where_it_was_and_is_never_mixed_with_another(tmp_path):
 @pytest.mark.parametrize("script, settings, n", [
     ("speedrun.sh", {"ARMS": "all", "SEEDS": "0 1"}, 2 * 21 + 1), ("speedrun.sh", {"PAIRS": "own", "WORLD": "large"}, 12),
     ("map.sh", {}, 3 + 3 * 5 * 2 + 3 + 4 + 3 + 3 + 8 + 1), ("map.sh", {"WIDE": "", "OWN": "", "BETAS": "", "SIZES": "", "STARTS": "9"}, 14),
-    ("sweep.sh", {"RATES": "1e-4 1e-3"}, 1 + 10 + 3 + 1)])
+    ("sweep.sh", {"RATES": "1e-4 1e-3"}, 1 + 10 + 3 + 1), ("path.sh", {"SEEDS": "0 1"}, 2 * 8 + 1)])
 def test_the_studies_give_commands_that_the_scripts_know(script, settings, n, tmp_path):
     found = commands_of(script, tmp_path, **settings)
     assert len(found) == n
@@ -200,17 +209,20 @@ def test_every_named_data_set_is_in_the_readme():
     assert named == {*sources.NAMES, *prepare.SETS}
 
 
-def test_every_benchmark_is_in_the_readme():
-    """README's table names the benchmarks in the order and the groups of the code, and a metric that is the code's"""
-    table = readme().split("### `eval_vqa.py`")[1].split("\n### ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if re.match(r"\| .*`\w+`: ", line)]
+def test_every_benchmark_is_in_its_table():
+    """The table names the benchmarks in the order and the groups of the code"""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme("docs/benchmarks.md").splitlines() if re.match(r"\| .*`\w+`: ", line)]
     assert [re.match(r"`(\w+)`", row[1])[1] for row in rows] == list(eval_vqa.BENCHMARKS) == sum(eval_vqa.GROUPS.values(), [])
     heads = [i for i, row in enumerate(rows) if row[0]]
     assert heads == np.cumsum([0] + [len(names) for names in eval_vqa.GROUPS.values()])[:-1].tolist()
 
 
 def test_files_and_flags_of_readme_exist():
-    text = readme()
+    text = readme() + readme("docs/benchmarks.md") + readme("docs/study.md")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme()):
+        assert os.path.exists(os.path.join(ROOT, target)), f"README links to {target}"
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in readme().splitlines() if line.startswith("#")}
+    assert {*re.findall(r"\]\(#([^)]+)\)", readme())} <= headings
     code = "".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in [*SCRIPTS, "training.py"])
     for name in set(re.findall(r"`(\w+\.(?:py|sh|md|txt))`", text)):
         assert os.path.exists(os.path.join(ROOT, name)), f"README names {name}"
@@ -239,3 +251,69 @@ def test_the_lines_that_readme_quotes_stand_in_the_files():
         with open(os.path.join(ROOT, name), encoding="utf-8") as f:
             assert quoted in f.read(), f"{name} has not:\n{quoted}"
     assert len(pieces) >= 5
+
+
+# ---- the numbers ---------------------------------------------------------------------------------------------------------
+
+
+def tables_of(text):
+    """{first cell: other cells} of every line of every table"""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {first.replace("*", ""): cells for first, *cells in lines}
+
+
+def test_the_study_s_tables_are_its_seeds_numbers():
+    """docs/study.json holds every seed's numbers: means, differences and intervals are made again from these, and are what the two tables say"""
+    with open(os.path.join(ROOT, "docs/study.json")) as f:
+        study = json.load(f)
+    rows, n = study["rows"], len(study["seeds"])
+    for measure, arms in rows.items():
+        for arm, cell in arms.items():
+            assert len(cell["per_seed"]) == n and cell["mean"] == pytest.approx(np.mean(cell["per_seed"]))
+        for (a, b), found in [(pair.split(" - "), d[measure]) for pair, d in study["differences"].items() if measure in d]:
+            assert found == {k: pytest.approx(v) for k, v in report.paired(arms[a]["per_seed"], arms[b]["per_seed"]).items()}
+    assert comparison.markdown(report.study_tables(study, n)) in readme("docs/study.md")
+    assert f'SEEDS="{" ".join(map(str, range(n)))}" OUT=runs/study bash speedrun.sh' in readme()
+    lines, shown = tables_of(readme().split("## The study")[1].split("### ")[0]), ("decoded", "extracted", "restricted", "swap", "knowledge", "mIoU", "mIoU_two_layer", "classification", "drift")
+    arms = {arm: lines[name] for arm, name in report.ARMS.items() if len(lines.get(name, ())) == len(shown)}
+    contrasts = {(a, b): lines[f"{report.ARMS[a]} minus {report.ARMS[b]}"] for a, b in report.CONTRASTS if f"{report.ARMS[a]} minus {report.ARMS[b]}" in lines}
+    assert len(arms) >= 10 and len(contrasts) >= 10
+    for arm, cells in arms.items():
+        assert cells == [f"{100 * rows[m][arm]['mean']:.1f}" if arm in rows[m] else "" for m in shown], arm
+    for (a, b), cells in contrasts.items():
+        found = study["differences"][f"{a} - {b}"]
+        assert cells == [report.difference_text(found[m]) if m in found else "" for m in ("extracted", "restricted", "swap", "mIoU")], (a, b)
+
+
+def test_small_numbers_of_readme():
+    # beta: where the force of a pair has halved; the table of recipes: what a model of its shape trains and holds
+    for beta, nats in ((.1, 11), (1, 1.1)):
+        margin = torch.tensor([0., nats], requires_grad=True)
+        dpo_loss(margin, torch.zeros(2), torch.zeros(2), torch.zeros(2), beta)[0].sum().backward()
+        assert float(margin.grad[1] / margin.grad[0]) == pytest.approx(.5, abs=.005)
+    vision, llm = bench.SHAPES["middle"][:2]
+    with torch.device("meta"):
+        encoder = SiglipVisionModel(SiglipVisionConfig(**vision, vision_use_head=False))
+        model = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **llm))
+        connector = Connector(vision["hidden_size"], llm["hidden_size"])
+    take_off_tail(encoder, vision["num_hidden_layers"] - 1)
+    size = {name: sum(p.numel() for p in part.parameters()) for name, part in (("vision", encoder), ("connector", connector), ("llm", model))}
+    table = tables_of(readme().split("**Memory, measured")[1])
+    for recipe, trained, references in (("connector", ["connector"], 0), ("SFT", size, 0), ("the same, LLM frozen", ["vision", "connector"], 0),
+                                        ("the same, live reference", size, 1), ("GRPO, 8 answers to each of 16 questions", size, 1)):
+        trained, held = sum(size[part] for part in trained), (1 + references) * sum(size.values())
+        assert table[recipe][1:3] == [f"{trained / 1e6:.1f}", f"{(4 * held + 12 * trained) / 2**20:.0f}" + " MB" * (recipe == "connector")], recipe
+
+
+def test_flops_of_the_study(tmp_path, monkeypatch):
+    """What SFT and DPO cost is counted again: two steps of each on the study's rows, from a model of its size"""
+    monkeypatch.chdir(tmp_path)
+    train_sft.start(train_sft.parser.parse_args(["--data", "scenes/train/sft/4", "--out", "unused"])).save("start")
+    with open(os.path.join(ROOT, "docs/study.json")) as f:
+        counted = json.load(f)["flops"]
+    for arm, stage in (("sft", train_sft), ("dpo", train_dpo)):
+        monkeypatch.setattr("sys.argv", [f"train_{arm}.py", "--init", "start", "--data", "scenes/train/foreign", "--n", "5000", "--seed", "1000", "--steps", "2",
+                                         "--batch_size", "64", "--compile", "false", "--out", arm])
+        stage.main()
+        with open(f"{arm}/config.json") as f:
+            assert json.load(f)["flops"] / 2 * 158 == pytest.approx(counted[arm], rel=.02)

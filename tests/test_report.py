@@ -69,3 +69,21 @@ def test_the_lowest_rate_within_two_points_is_picked(tmp_path, monkeypatch, caps
     found = json.load(open(tmp_path / "sweep" / "report.json"))
     assert found["values"]["sft-1e-3"] == pytest.approx({"pairs": .8, "decoded": .2, "restricted": .2, "swap": .2, "drift": .07})
     assert os.path.getsize(tmp_path / "sweep" / "report.png") > 10_000 and "| SFT 3e-4 < | 78.1 |" in open(tmp_path / "sweep" / "report.md").read()
+
+
+def test_the_path_reads_what_was_logged_beside_each_save(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        for arm in grids.PATHS:
+            table = {name: {"vision-centric": {"restricted": [v - .1 * seed, 0, 1]}} for name, v in (("stage1", .9), ("step-16", .5), ("step-8", .7))}
+            os.makedirs(tmp_path / f"seed{seed}" / f"{arm}.swap")
+            (tmp_path / f"seed{seed}" / f"{arm}.swap" / "results.json").write_text(json.dumps({"table": table}))
+            os.makedirs(tmp_path / f"seed{seed}" / arm)
+            lines = [json.dumps({"step": step, "loss": 3 - step / 10, "drift_vision": step / 1000}) + "\n" for step in (0, 6, 8, 14, 15)]
+            (tmp_path / f"seed{seed}" / arm / "log.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(sys, "argv", ["grids.py", "path", str(tmp_path / "seed0"), str(tmp_path / "seed1"), "--out", str(tmp_path / "out")])
+    grids.main()
+    found = json.load(open(tmp_path / "out" / "report.json"))
+    assert found["steps"] == [0, 8, 16] and found["path"]["dpo"]["swap"] == [pytest.approx([90, 70, 50]), pytest.approx([80, 60, 40])]
+    # a save after 8 steps stands between the lines of steps 6 and 8, one after 16 has its own line, that of step 15
+    assert found["path"]["sft"]["loss"][0] == pytest.approx([3, 2.4, 1.5]) and found["path"]["sft"]["drift_vision"][1] == pytest.approx([0, .6, 1.5])
+    assert "| 85.0 | 65.0 | 45.0 |" in open(tmp_path / "out" / "report.md").read() and os.path.getsize(tmp_path / "out" / "report.png") > 10_000
