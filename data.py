@@ -94,6 +94,7 @@ class Collator:
         pixels = to_pixels(self.image_processor, images)
         trunks = [self.chat.trunk_ids(self.n_image, i) for i in range(len(images))]
         batch = pack(trunks, packed, pixels, self.chat.pad_id)
+        # a fingerprint of all that is read of a row: DPO's remembered reference refuses a row that has changed
         seen = [hashlib.blake2b(repr(trunks[0]).encode() + p.numpy().tobytes(), digest_size=8) for p in pixels]
         for (number, i), question in zip(numbers, (q for questions in packed for q in questions)):
             fingerprint = seen[i].copy()

@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt  # after use(): no window system is needed
 def color_of(name, names):
     """One colour an arm in all pictures; others in turn"""
     known = {"random": "0.6", "stage1": "black", "start": "black", "more": "tab:gray", "sft": "tab:orange",
-             "sft_slow": "gold", "sft_long": "tab:brown", "sft_drift": "tab:red", "dpo": "tab:blue", "dpo_fast": "navy",
+             "sft_slow": "gold", "sft_equal": "chocolate", "sft_long": "tab:brown", "sft_drift": "tab:red",
+             "dpo": "tab:blue", "dpo_fast": "navy",
              "dpo_sft": "tab:cyan", "mpo": "tab:purple", "other": "slategray", "warm": "darkkhaki",
              "warm_sft": "salmon", "warm_dpo": "skyblue", "grpo": "tab:green", "grpo_half": "limegreen",
              "sft_grpo": "tab:olive"}

@@ -32,7 +32,8 @@ parser.add_argument("--out", required=True, help="folder for report.json, report
 parser.add_argument("--transplant", action="store_true", help="the seed folders were made by transplant.sh")
 
 ARMS = {"random": "random encoder", "stage1": "stage 1", "more": "stage 1 trained on", "sft": "SFT",
-        "sft_slow": "SFT at DPO's rate", "sft_long": "SFT, twice as long", "sft_drift": "SFT, stopped at DPO's drift",
+        "sft_slow": "SFT at DPO's rate", "sft_equal": "SFT at DPO's compute", "sft_long": "SFT, twice as long",
+        "sft_drift": "SFT, stopped at DPO's drift",
         "dpo": "DPO", "dpo_fast": "DPO at SFT's rate", "other": "DPO, rejected: of other pictures",
         "dpo_sft": "DPO + 0.1 SFT", "mpo": "MPO", "warm": "warm-up (vision frozen)", "warm_sft": "warm-up, then SFT",
         "warm_dpo": "warm-up, then DPO", "grpo": "GRPO", "grpo_half": "GRPO, half as long",
@@ -41,7 +42,8 @@ CONTRASTS = {  # a - b: what it asks
     ("dpo", "sft"): "DPO or SFT on the same pairs?", ("sft", "stage1"): "does SFT gain or harm?",
     ("dpo", "stage1"): "does DPO gain or harm?", ("grpo", "stage1"): "does GRPO gain or harm?",
     ("more", "stage1"): "would training on do it?", ("dpo", "sft_slow"): "is it the rate? both at the lower",
-    ("dpo_fast", "sft"): "is it the rate? both at the higher", ("dpo", "sft_long"): "is it DPO's longer text?",
+    ("dpo_fast", "sft"): "is it the rate? both at the higher", ("dpo", "sft_equal"): "is it DPO's compute?",
+    ("dpo", "sft_long"): "is it DPO's longer text?",
     ("dpo", "sft_drift"): "is it that DPO moves less? SFT stopped early",
     ("dpo_fast", "sft_slow"): "is it that DPO moves less? rates swapped",
     ("dpo", "other"): "would any contrast do?", ("warm_sft", "sft"): "is SFT's harm the shock of a new style?",

@@ -18,7 +18,7 @@ N_PAIRS=${N_PAIRS:-5000} EPOCHS=${EPOCHS:-2}  # 5000 pairs, 64 a step, twice: 15
 LR_SFT=${LR_SFT:-1e-3} LR_DPO=${LR_DPO:-3e-4} LR_DPO_SFT=${LR_DPO_SFT:-3e-4} LR_MPO=${LR_MPO:-1e-3}
 LR_GRPO=${LR_GRPO:-3e-4}
 MAIN=" more sft dpo dpo_sft mpo warm_sft warm_dpo grpo sft_grpo "
-CONTROLS=" sft_slow dpo_fast sft_long sft_drift other warm grpo_half "
+CONTROLS=" sft_slow dpo_fast sft_equal sft_long sft_drift other warm grpo_half "
 [ "$ARMS" != all ] || ARMS=$MAIN$CONTROLS
 for name in $ARMS; do
   case $MAIN$CONTROLS in *" $name "*) ;; *) echo "ARMS: there is no $name, but$MAIN$CONTROLS" >&2; exit 1 ;; esac
@@ -66,9 +66,10 @@ for seed in $SEEDS; do
   arm dpo_sft "${dpo[@]}" --lr "$LR_DPO_SFT" --sft_weight 0.1
   arm mpo     "${dpo[@]}" --lr "$LR_MPO" --dpo_weight 0.8 --bco_weight 0.2 --sft_weight 1
 
-  # is it the learning rate? that DPO reads twice the text? that it moves less? would any contrast do?
+  # is it the learning rate? that DPO computes more, or reads twice the text? that it moves less? would any contrast do?
   arm sft_slow "${sft[@]}" --lr "$LR_DPO"
   arm dpo_fast "${dpo[@]}" --lr "$LR_SFT"
+  arm sft_equal "${sft[@]}" --epochs $((3 * EPOCHS / 2))  # DPO's FLOPs to a hundredth, its reference pass apart
   arm sft_long "${sft[@]}" --epochs $((2 * EPOCHS))
   if wanted sft_drift; then
     arm sft_drift "${sft[@]}" --max_drift "$(drift_of "$run/dpo")" --log_every 1

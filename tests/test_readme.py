@@ -98,7 +98,7 @@ def test_a_study_goes_on_where_it_was_and_is_never_mixed_with_another(tmp_path):
 
 
 @pytest.mark.parametrize("script, settings, n", [
-    ("speedrun.sh", {"ARMS": "all", "SEEDS": "0 1"}, 2 * 21 + 1), ("speedrun.sh", {"PAIRS": "own", "WORLD": "large"}, 12),
+    ("speedrun.sh", {"ARMS": "all", "SEEDS": "0 1"}, 2 * 22 + 1), ("speedrun.sh", {"PAIRS": "own", "WORLD": "large"}, 12),
     ("map.sh", {}, 3 + 3 * 5 * 2 + 3 + 4 + 3 + 3 + 8 + 1), ("map.sh", {"WIDE": "", "OWN": "", "BETAS": "", "SIZES": "", "STARTS": "9"}, 14),
     ("sweep.sh", {"RATES": "1e-4 1e-3"}, 1 + 10 + 3 + 1), ("path.sh", {"SEEDS": "0 1"}, 2 * 8 + 1)])
 def test_the_studies_give_commands_that_the_scripts_know(script, settings, n, tmp_path):
@@ -122,7 +122,7 @@ def test_the_arms_of_the_study_differ_in_what_they_say(tmp_path):
     differ = lambda a, b: {key: args[a].get(key) for key in args[a].keys() | args[b].keys() if args[a].get(key) != args[b].get(key)}
     assert args["sft"]["init"] == args["dpo"]["init"] == "o/seed0/stage1" and args["sft"]["data"] == args["dpo"]["data"] == ["scenes/train/foreign"]
     assert {k: args["sft"][k] for k in ("n", "epochs", "seed", "batch_size")} == {k: args["dpo"][k] for k in ("n", "epochs", "seed", "batch_size")}
-    assert differ("more", "sft") == {"data": ["scenes/train/sft"]} and differ("sft_long", "sft") == {"epochs": 4}
+    assert differ("more", "sft") == {"data": ["scenes/train/sft"]} and differ("sft_long", "sft") == {"epochs": 4} and differ("sft_equal", "sft") == {"epochs": 3}
     assert differ("sft_drift", "sft") == {"max_drift": .0421, "log_every": 1}               # where the DPO run's log ends
     assert differ("other", "dpo") == {"data": ["scenes/train/other"]} and differ("sft_slow", "sft") == {"lr": 3.0} and differ("dpo_fast", "dpo") == {"lr": 2.0}
     assert differ("dpo_sft", "dpo") == {"lr": 4.0, "sft_weight": .1}
