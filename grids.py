@@ -212,10 +212,10 @@ def read_path(seed):
         log, table = read_log(os.path.join(seed, arm)), results(seed, f"{arm}.swap")
         steps = np.array(sorted(int(row[5:]) for row in table if row.startswith("step-")))
         at = lambda row: 100 * table[row]["vision-centric"]["restricted"][0]
-        near = np.abs(log["step"][:, None] - np.append(0, steps - 1)).argmin(0)         # not every step is logged
+        near = np.abs(log["step"][:, None] - (steps - 1)).argmin(0)                     # not every step is logged
         found[arm] = np.append(0, steps), {
             "swap": np.array([at("stage1"), *(at(f"step-{step}") for step in steps)]),
-            "drift_vision": 100 * log["drift_vision"][near], "loss": log["loss"][near]}
+            "drift_vision": np.append(0, 100 * log["drift_vision"][near]), "loss": log["loss"][np.append(0, near)]}
     return found
 
 
@@ -238,7 +238,7 @@ def report_path(seeds, out):
             axis.set_title(heading, fontsize=9)
             axis.set_xlabel("steps", fontsize=8)
             axis.grid(alpha=.3)
-        axes[0, 0].legend(fontsize=7)
+        axes[0, -1].legend(fontsize=7)
         save(figure, path)
 
     write(out, {"seeds": seeds, "steps": steps.tolist(), "path": {
