@@ -171,6 +171,7 @@ class Run:
         self.check()
         if step == self.saved:
             return
+        self.check_weights()
         self.saved, (numbers, tensors) = step, random_state()
         tensors |= self.optimizer.state()
         with parallel.full_weights_on_rank0(self.model):
@@ -266,7 +267,8 @@ class Run:
                 if stopped or (step + 1) % self.args.save_every == 0 and step + 1 < len(self.steps):
                     self.save(step + 1)
                 if stopped:
-                    why = f"stopped by {(stop or ['a signal'])[0]} after step {step}; {self.again()}"
+                    n_steps = f"{step + 1} of {len(self.steps)} steps"
+                    why = f"stopped by {(stop or ['a signal'])[0]} after {n_steps}; {self.again()}"
                     raise SystemExit(1 if parallel.RANK else why)
 
     @functools.cached_property
@@ -324,6 +326,13 @@ class Run:
                                  f"far is {self.folder}/log.jsonl; {self.again()}")
         self.unread = []
 
+    def check_weights(self):
+        """Stops the run if the last update, which no loss has met yet, left weights that are not numbers."""
+        bad = [name for name, p in self.model.named_parameters() if not parallel.local(p.detach()).isfinite().all()]
+        if parallel.all_max(len(bad)):
+            raise SystemExit(f"the last step left weights that are not numbers ({', '.join(bad[:3])}). A lower --lr "
+                             f"usually helps. {self.again()}")
+
     def log(self, step, values):
         """One line of log.jsonl"""
         values = {k: float(v) for k, v in values.items()}
@@ -337,6 +346,7 @@ class Run:
         self.check()
         if not self.n_trained:
             raise SystemExit(f"--data {' '.join(self.settings['args']['data'])}: not one row could be used")
+        self.check_weights()
         with parallel.full_weights_on_rank0(self.model):
             if not parallel.RANK:
                 self.write()

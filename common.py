@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -48,6 +49,16 @@ def whole_number(text):
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
     return int(text)
+
+
+def real(low=0.0, high=math.inf):
+    """-> an argparse type: a number from `low` to `high`"""
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high and math.isfinite(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from {low:g}" + f" to {high:g}" * (high < math.inf))
+    return read
 
 
 def setup(seed, matmul="high"):
@@ -141,11 +152,14 @@ def write_json(path, value):
 def names(runs):
     """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
     last = [os.path.basename(run.rstrip("/")) for run in runs]
-    clear = len({*last, "random"}) == len(last) + 1  # "random" is the name of probe.py's first row
+    of_run = [os.path.basename(run.rstrip("/").removesuffix("/vision")) for run in runs]  # RUN/vision by RUN's name
     places = [os.path.realpath(run) for run in runs]
     if len(set(places)) < len(runs):
         raise InputError(f"{max(places, key=places.count)} is named twice")
-    return last if clear else [run.strip("/").replace("/", "_") + "_run" * (run == "random") for run in runs]
+    for short in (of_run, last):
+        if len({*short, "random"}) == len(short) + 1:                           # probe.py's first row is "random"
+            return short
+    return [run.strip("/").replace("/", "_") + "_run" * (run == "random") for run in runs]
 
 
 def bootstrap(statistic, n, seed, draws=1000):

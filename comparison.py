@@ -86,13 +86,16 @@ def flips(first, rows):
 
 
 def own_groups(lines):
-    """{name: row numbers}: everything, each category, each kind"""
-    found = {"all": list(range(len(lines)))}
+    """{name: row numbers}: everything, each category and below it its kinds"""
+    found, parents = {"all": list(range(len(lines)))}, {}
     for i, line in enumerate(lines):
         for name in dict.fromkeys((line["category"], line["kind"])):
             if name not in (None, "all"):
                 found.setdefault(name, []).append(i)
-    return found
+                parents.setdefault(name, line["category"])
+    heads = list(dict.fromkeys(parents.values()))
+    return dict(sorted(found.items(), key=lambda item: (
+        item[0] != "all", heads.index(parents[item[0]]) if item[0] in parents else 0, item[0] not in heads)))
 
 
 OWN_MEASURES = ("decoded", "extracted", "restricted", "blind_score")
@@ -164,7 +167,8 @@ def own_tables(table, args):
             tables.append((title + f", read by {args.reader}" * bool(args.reader),
                            ["questions", *groups],
                            [[run, *(shown(table[run][g][measure]) for g in groups)] for run in table]))
-    cells = [(m, g) for m in ("decoded", "restricted") for g in ("all", "vision-centric", "knowledge")
+    cells = [(m, g) for m in ("decoded", "extracted", "restricted")
+             for g in ("all", "vision-centric", "knowledge")
              if m in table[first].get(g, {})]
     lines = [[run, *(shown(table[run][g][m + "_vs_first"], sign=True) for m, g in cells),
               f"+{table[run]['all']['gained']} -{table[run]['all']['lost']}"] for run in list(table)[1:]]

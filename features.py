@@ -43,6 +43,8 @@ def open_encoder(source, feature_layer=None):
     """A run directory -> MLLM; an exported vision/ folder or a hub id -> Encoder. Its features are the same tensor."""
     if is_run(source):
         return MLLM.load(source)
+    if not os.path.exists(source) and os.path.isdir(os.path.dirname(source)):
+        raise InputError(f"{source}: {os.path.dirname(source)} holds no such run or encoder")
     vision, image_processor = open_vision(source)
     return Encoder(vision, image_processor, getattr(vision.config, "feature_layer", feature_layer))
 

@@ -62,7 +62,7 @@ def draw_bars(path, result, chance):
             next((share for name, share in chance.items() if name in measure), None)
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle="--", linewidth=.8)
-        axis.set_xticks(range(len(rows)), [textwrap.shorten(row, 14, placeholder="…") for row in rows], fontsize=7,
+        axis.set_xticks(range(len(rows)), [row if len(row) < 15 else "…" + row[-13:] for row in rows], fontsize=7,
                         **({"rotation": 30, "ha": "right"} if len(rows) > 4 else {}))
         axis.set_title(textwrap.fill(measure.replace("_", " "), 34), fontsize=8)
         axis.tick_params(axis="y", labelsize=7)

@@ -16,12 +16,14 @@ import numpy as np
 
 import common
 from figures import canvas, color_of, save
+from model import InputError
 from report import difference_text, paired, read_log, results, write
 
 parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=common.Help)
 parser.add_argument("kind", choices=("sweep", "map", "path"), help="which script made the folders")
 parser.add_argument("folders", nargs="+", help="the folder of a sweep, or one folder a seed of a map or path")
-parser.add_argument("--out", help="folder for report.json, report.md and report.png")
+parser.add_argument("--out", help="folder for report.json, report.md and report.png "
+                                  "(default: the sweep's, or the folder above the first seed's)")
 
 SWEPT = {"sft": "SFT", "dpo": "DPO", "dpo_sft": "DPO + 0.1 SFT", "mpo": "MPO", "grpo": "GRPO"}
 COLUMNS = {  # key -> (heading, file, group, measure)
@@ -33,7 +35,14 @@ COLUMNS = {  # key -> (heading, file, group, measure)
     "reward": ("mean reward, second half", None, None, None)}
 
 
-arm_of, rate_of = (lambda run: run.partition("-")[0]), (lambda run: run.partition("-")[2])  # of ARM-RATE
+def arm_of(run):
+    """ARM-RATE -> ARM"""
+    return run.partition("-")[0]
+
+
+def rate_of(run):
+    """ARM-RATE -> RATE"""
+    return run.partition("-")[2]
 
 
 def read_sweep(folder):
@@ -97,7 +106,7 @@ def report_sweep(folder, out):
             axis.set_xscale("log")
             axis.set_title(heading + ", %", fontsize=8)
             axis.set_xlabel("peak learning rate", fontsize=8)
-        axes[0, 0].legend(fontsize=7)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
         figure.suptitle("learning rates on the tuning split; below: what is learnt against what it costs "
                         "(larger dots: higher rates, star: stage 1)", fontsize=10)
         save(figure, path)
@@ -162,6 +171,8 @@ def report_map(seeds, out):
     """A line a condition: where it started, and how far both arms went from there; one picture"""
     found = [read_map(seed) for seed in seeds]
     names = sorted(set.intersection(*map(set, found)), key=in_order)
+    if not names:
+        raise InputError(f"{', '.join(seeds)}: no vqa-START folders that all of them have; map.sh makes them")
     contrasts = (("sft", "start"), ("dpo", "start"), ("dpo", "sft"))
     of = lambda name, arm, measure: [each[name][arm][measure] for each in found]
     left_out = sorted(set.union(*map(set, found)) - {*names})
@@ -169,7 +180,8 @@ def report_map(seeds, out):
               for name in names}
     starts = {name: [each[name]["start"] for each in found] for name in names}
     lines = [[in_words(name), f"{100 * np.mean(of(name, 'start', 'restricted')):.1f}",
-              *(difference_text(result[name][m][f"{a} - {b}"]) for m in MAPPED for a, b in contrasts)]
+              *("" if a == "sft" and parsed(name)[2] == "beta" else difference_text(result[name][m][f"{a} - {b}"])
+                for m in MAPPED for a, b in contrasts)]
              for name in names]
     heads = ["steps of stage 1: pairs", "start, restricted",
              *(f"{heading}: {a} - {b}" for _, heading in MAPPED.values() for a, b in contrasts)]
@@ -225,7 +237,7 @@ def report_path(seeds, out):
     steps = found[0]["sft"][0]
     mean = {arm: {what: np.mean([each[arm][1][what] for each in found], 0) for what in ALONG} for arm in PATHS}
     shown = [i for i, step in enumerate(steps) if step in (0, 8, 16, 24, 40, 80) or step == steps[-1]]
-    lines = [[f"{PATHS[arm]}: {heading}", *(f"{mean[arm][what][i]:.1f}" for i in shown)]
+    lines = [[f"{PATHS[arm]}: {heading}", *(f"{mean[arm][what][i]:.3g}" for i in shown)]
              for arm in PATHS for what, heading in ALONG.items()]
 
     def draw(path):

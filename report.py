@@ -166,7 +166,7 @@ def study_tables(result, n_seeds):
                   *(difference_text(d[m]) if m in d else "" for m in SHOWN)]
                  for (a, b), question in CONTRASTS.items() for d in [result["differences"].get(f"{a} - {b}")] if d]
     return [(f"%, mean of {n_seeds} seed(s)", ["", *(heading for heading, _, _ in MEASURES.values()),
-                                                "10^12 FLOPs of the optimiser's steps: the second's, times all"],
+                                                "10^12 FLOPs of training: the second step's, times all"],
              lines),
             (f"paired differences in %-points [95 % interval over {n_seeds} seeds]" if n_seeds > 1 else
              "paired differences in %-points; n = 1: not resolved",

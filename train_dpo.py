@@ -14,8 +14,9 @@ pairs, 256 pairs a step, all three parts trained).
 
     diff train_sft.py train_dpo.py
 
-shows the method: nothing else differs in `main`. Left out of the paper's: fp16 and ZeRO over eight GPUs, sampling by
-length, and its second encoding of the same picture (same gradient, twice the work).
+shows the method; beside it only how SFT may begin (fresh parts) and stop (--max_drift), and what is logged. Left out
+of the paper's: fp16 and ZeRO over eight GPUs, sampling by length, and its second encoding of the same picture (same
+gradient, twice the work).
 """
 import argparse
 import copy
@@ -43,19 +44,19 @@ parser.add_argument("--data", nargs="+", default=["scenes/train/foreign"],
                     help="preference pairs: scenes/SPLIT/TASK, a .jsonl file, parquet files, a name of sources.py or a "
                          "hub id; SOURCE[:500] and SOURCE[:10%%] take the first rows of a file or set")
 parser.add_argument("--init", required=True, help="run directory to start from, which is also the reference")
-parser.add_argument("--beta", type=float, default=0.1,
+parser.add_argument("--beta", type=common.real(), default=0.1,
                     help="how strongly to stay near the reference (a factor on summed log-ratios)")
-parser.add_argument("--label_smoothing", type=float, default=0.0,
+parser.add_argument("--label_smoothing", type=common.real(0, 1), default=0.0,
                     help="assumed share of pairs whose preference is the wrong way round (cDPO)")
-parser.add_argument("--dpo_weight", type=float, default=1.0, help="weight of the preference loss (MPO: 0.8)")
-parser.add_argument("--bco_weight", type=float, default=0.0,
+parser.add_argument("--dpo_weight", type=common.real(), default=1.0, help="weight of the preference loss (MPO: 0.8)")
+parser.add_argument("--bco_weight", type=common.real(), default=0.0,
                     help="weight of an added quality loss: is each answer good by itself? (MPO: 0.2)")
-parser.add_argument("--sft_weight", type=float, default=0.0,
+parser.add_argument("--sft_weight", type=common.real(), default=0.0,
                     help="weight of an added SFT loss on the chosen answers, token mean (MPO: 1.0)")
 parser.add_argument("--reference", choices=("remembered", "live"), default="remembered",
                     help="remembered: the reference's log-probs are computed once, kept in INIT.reference/ and found "
                          "there by later runs; live: a second model in memory computes them at every step")
-training.add_training_flags(parser, lr=1e-3, epochs=3, batch_size=64)
+training.add_training_flags(parser, lr=3e-4, epochs=3, batch_size=64)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
@@ -135,13 +136,16 @@ class Reference:
         """Computes what is not there yet, in the very micro-batches of training: so step 0 is log 2, and on a CPU the
         rewards are 0 to the last bit."""
         known, todo = set(self.logps), []
-        for rank, part in ((rank, part) for step in steps for rank in range(parallel.WORLD)
-                           for part in data.cut(step[rank::parallel.WORLD], micro_batch)):
-            part = [[row for row in tree if row not in known] for tree in part]  # may leave trees without rows
-            todo += [part] if any(part) and rank == parallel.RANK else []
-            known.update(row for tree in part for row in tree)
-        before, saved, nothing, n = len(self.logps), time.time(), data.empty_batch(model), parallel.all_max(len(todo))
-        batches = (batch for ((batch, _),) in data.batches(collator, todo, micro_batch, workers, 0, 0, 1))
+        for step in steps:
+            for rank in range(parallel.WORLD):                                  # all know who computes what
+                for part in data.cut(step[rank::parallel.WORLD], micro_batch):
+                    part = [[row for row in tree if row not in known] for tree in part]  # may leave trees without rows
+                    if any(part) and rank == parallel.RANK:
+                        todo.append(part)
+                    known.update(row for tree in part for row in tree)
+        before, saved, n = len(self.logps), time.time(), parallel.all_max(len(todo))
+        nothing = data.empty_batch(model)
+        batches = (batch for ((batch, _),) in data.batches(collator, todo, micro_batch, workers, rank=0, world=1))
         for _ in tqdm(range(n), desc="reference", disable=not n or parallel.RANK > 0):
             batch = next(batches, None)
             if batch is None and parallel.WORLD == 1:                           # its rows cannot be used
@@ -193,7 +197,7 @@ def main():
     print(f"example     chosen, then rejected\n{data.show(model, collator)}\n")
     if args.reference == "remembered":
         reference = Reference(args.init, model, rows, f"{device.type} {args.matmul}",
-                              min(args.questions_per_tree, micro_batch))
+                              min(args.questions_per_tree, micro_batch))       # no tree is larger than a micro-batch
         reference.fill(model, collator, steps, micro_batch, args.workers, autocast)
     else:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
@@ -208,7 +212,7 @@ def main():
     n_pairs_since, since = 0, time.time()
     for step, step_batches in run.loop(data.batches(collator, steps, micro_batch, args.workers, run.first),
                                        data.empty_batch(model)):
-        shift = carried.all_rewards / max(1, carried.n_all)
+        shift = carried.all_rewards / max(1, carried.n_all)                     # only for --bco_weight
         n_pairs = parallel.all_sum(sum(len(batch.rows) for batch in step_batches))
         n_chosen_tokens = parallel.all_sum(sum(int((batch.response_of % 2 == 0).sum()) for batch in step_batches))
         sums = defaultdict(float)

@@ -58,7 +58,7 @@ parser.add_argument("--reward", choices=sorted(rewards.KINDS), default="exact",
                     help="how answers to rows without such a field are judged")
 parser.add_argument("--reward_model",
                     help="for rows with the reward 'open': hub id or folder of a sequence classifier of transformers")
-parser.add_argument("--open_beta", type=float, default=1.0,
+parser.add_argument("--open_beta", type=common.real(), default=1.0,
                     help="beta in 1 - exp(-beta * (S(prediction) - S(answer))), the reward of open answers")
 parser.add_argument("--think", action="store_true",
                     help="ask for <think> and <answer> tags (in training only); an answer without is worth nothing")
@@ -68,17 +68,19 @@ parser.add_argument("--top_p", type=float, default=1.0,
                     help="nucleus sampling: only the likeliest tokens whose probabilities reach this sum")
 parser.add_argument("--max_new_tokens", type=common.positive, default=32, help="longest sampled answer in tokens")
 parser.add_argument("--updates", type=common.positive, default=1, help="optimiser steps on the same samples")
-parser.add_argument("--clip_low", type=float, default=0.2, help="PPO's clip: the ratio counts down to 1 - CLIP_LOW")
-parser.add_argument("--clip_high", type=float, default=0.2, help="and up to 1 + CLIP_HIGH")
+parser.add_argument("--clip_low", type=common.real(0, 1), default=0.2,
+                    help="PPO's clip: the ratio counts down to 1 - CLIP_LOW")
+parser.add_argument("--clip_high", type=common.real(), default=0.2, help="and up to 1 + CLIP_HIGH")
 parser.add_argument("--advantage", choices=("std", "mean"), default="std",
                     help="reward minus the group's mean, divided by its standard deviation or not")
 parser.add_argument("--length", choices=("response", "constant"), default="response",
                     help="tokens are averaged over their response, or summed and divided by --max_new_tokens")
-parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL divergence to the start; 0: no reference")
-parser.add_argument("--kl_target", type=float,
+parser.add_argument("--kl", type=common.real(), default=1e-3,
+                    help="weight of the KL divergence to the start; 0: no reference")
+parser.add_argument("--kl_target", type=common.real(),
                     help="change that weight as it goes, so that the divergence comes to this many nats a token "
                          "(VLAA-Thinker: --kl 1e-3 --kl_target 5e-4)")
-training.add_training_flags(parser, lr=1e-3, epochs=1, batch_size=32)
+training.add_training_flags(parser, lr=3e-4, epochs=1, batch_size=32)
 
 
 def advantages(scores, normalise=True):

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import parallel
-from common import positive, true_or_false, whole_number
+from common import positive, real, true_or_false, whole_number
 from model import InputError, can_compile
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -48,20 +48,20 @@ def add_training_flags(parser, lr, epochs, batch_size):
     add("--questions_per_tree", type=positive, default=4,
         help="rows about one picture that are read in one sequence, the picture once (see trees.py); they then fall "
              "into the same step. 1: every row by itself, pictures in any order")
-    add("--lr", type=float, default=lr,
+    add("--lr", type=real(), default=lr,
         help="peak learning rate of all three parts; real weights want about 1e-5 (SFT) or 1e-6 (DPO, GRPO)")
-    add("--lr_vision", type=float, help="peak learning rate of the vision encoder, 0 freezes it (default: --lr)")
-    add("--lr_connector", type=float, help="the same for the connector")
-    add("--lr_llm", type=float, help="the same for the LLM")
+    add("--lr_vision", type=real(), help="peak learning rate of the vision encoder, 0 freezes it (default: --lr)")
+    add("--lr_connector", type=real(), help="the same for the connector")
+    add("--lr_llm", type=real(), help="the same for the LLM")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon: for matrices inside the layers, AdamW for the rest; for training from random weights")
-    add("--weight_decay", type=float, default=0.0, help="decoupled weight decay (the paper: 0)")
-    add("--warmup", type=float, default=0.03, help="share of all steps over which the learning rate rises")
-    add("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
+    add("--weight_decay", type=real(), default=0.0, help="decoupled weight decay (the paper: 0)")
+    add("--warmup", type=real(0, 1), default=0.03, help="share of all steps over which the learning rate rises")
+    add("--clip", type=real(), default=1.0, help="largest norm of the whole gradient")
     add("--max_length", type=positive, default=2048,
         help="longest row in tokens, image tokens included; longer rows are dropped and named")
     add("--strict", action="store_true", help="stop at the first row that cannot be used")
-    add("--max_bad", type=float, default=0.05,
+    add("--max_bad", type=real(0, 1), default=0.05,
         help="stop when more than this share of all rows to be read cannot be used; 1 never stops")
     add("--grad_checkpoint", action="store_true",
         help="recompute activations in the backward pass: less memory, a third more time")

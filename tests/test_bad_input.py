@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import rows as rows_file
+import train_dpo
 from model import InputError, MLLM
 
 FUZZ = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -566,3 +567,11 @@ def test_a_damaged_run_directory_loads_or_is_refused(start_run, place, name, dam
     loaded, message = outcome(lambda: MLLM.load(str(run)))
     assert loaded or str(run) in message
     shutil.copy(os.path.join(start_run, name), run / name)
+
+
+@pytest.mark.parametrize("flags", [("--lr", "-1"), ("--lr", "nan"), ("--lr_vision", "inf"), ("--max_bad", "5"), ("--warmup", "2"), ("--beta", "-1"),
+                                   ("--label_smoothing", "1.5"), ("--sft_weight", "x")])
+def test_numbers_have_a_range(flags, capsys):
+    with pytest.raises(SystemExit):
+        train_dpo.parser.parse_args(["--init", "run", "--out", "out", *flags])
+    assert f"argument {flags[0]}: '{flags[1]}' is not a number from 0" in capsys.readouterr().err

@@ -120,8 +120,8 @@ def test_stopped_on_two_goes_on_on_one_and_a_killed_one_ends_both(start_run, tmp
     process = start_and_wait_for_a_save()
     process.terminate()
     printed = process.communicate(timeout=60)[0]
-    found = re.search(r"stopped by SIGTERM after step (\d+); the last save is (\S+); go on with: torchrun --nproc_per_node=2 -- \S+train_sft.py", printed)
-    assert found and found[2].endswith(f"step-{int(found[1]) + 1}") and len(lines(tmp_path, "out.tmp")) == int(found[1]) + 1
+    found = re.search(r"stopped by SIGTERM after (\d+) of 100 steps; the last save is (\S+); go on with: torchrun --nproc_per_node=2 -- \S+train_sft.py", printed)
+    assert found and found[2].endswith(f"step-{found[1]}") and len(lines(tmp_path, "out.tmp")) == int(found[1])
     process = launch(1, *flags, "--resume", "--shard")
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "resumed " in printed and [line["step"] for line in lines(tmp_path, "out")] == list(range(100))

@@ -189,7 +189,7 @@ def test_own_data_commands_run(tmp_path, monkeypatch):
         script_of(script).main()
         ran.append(script)
     assert ran == ["train_sft.py", "train_sft.py", "train_dpo.py", "eval_vqa.py", "probe.py", "eval_vqa.py", "data.py", "model.py"]
-    assert os.path.exists("runs/my/vqa/results.json") and os.path.exists("own.jsonl")
+    assert os.path.exists("runs/my/vqa/results.json") and os.path.exists("runs/my/own.jsonl")
     assert all(Image.open(f"runs/my/{name}.png").width > 200 for name in ("train", "dogs"))
 
 

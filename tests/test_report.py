@@ -86,4 +86,4 @@ def test_the_path_reads_what_was_logged_beside_each_save(tmp_path, monkeypatch):
     assert found["steps"] == [0, 8, 16] and found["path"]["dpo"]["swap"] == [pytest.approx([90, 70, 50]), pytest.approx([80, 60, 40])]
     # a save after 8 steps stands between the lines of steps 6 and 8, one after 16 has its own line, that of step 15
     assert found["path"]["sft"]["loss"][0] == pytest.approx([3, 2.4, 1.5]) and found["path"]["sft"]["drift_vision"][1] == pytest.approx([0, .6, 1.5])
-    assert "| 85.0 | 65.0 | 45.0 |" in open(tmp_path / "out" / "report.md").read() and os.path.getsize(tmp_path / "out" / "report.png") > 10_000
+    assert "| 85 | 65 | 45 |" in open(tmp_path / "out" / "report.md").read() and os.path.getsize(tmp_path / "out" / "report.png") > 10_000

@@ -228,7 +228,7 @@ def test_a_signal_ends_the_step_and_saves(name, step, flags, argv, whole, out):
     # the step is done and saved, the message holds the command that goes on: also at a save, with only dropped rows to come, in the last step
     before = handlers()
     said = stopped(argv("sft", out, *flags), {step: kill(getattr(signal, name))})
-    assert said.startswith(f"stopped by {name} after step {step}; the last save is {out}.tmp/step-{step + 1}{GO_ON}train_sft.py --init")
+    assert re.match(rf"stopped by {name} after {step + 1} of \d+ steps; the last save is {re.escape(str(out))}.tmp/step-{step + 1}{GO_ON}train_sft.py --init", said)
     assert saves(f"{out}.tmp") == [f"step-{step + 1}"] and handlers() == before
     assert [json.loads(line)["step"] for line in open(f"{out}.tmp/log.jsonl")] == [done for done in range(step + 1) if done != 6]
     launch(shlex.split(said.split(GO_ON)[1]))
@@ -248,7 +248,7 @@ def test_a_signal_to_all_processes_spares_the_workers(name, argv, out):
     def kill_group(optimizer):
         pids = [*(child.pid for child in multiprocessing.active_children()), os.getpid()]
         subprocess.run(["kill", f"-{name}", *map(str, pids)], check=len(pids) == 3)
-    assert stopped(argv("sft", out, "--workers", 2), {2: kill_group}).startswith(f"stopped by SIG{name} after step 2; the last save is")
+    assert stopped(argv("sft", out, "--workers", 2), {2: kill_group}).startswith(f"stopped by SIG{name} after 3 of 8 steps; the last save is")
 
 
 # ---- saves ---------------------------------------------------------------------------------------------------------------------
@@ -450,6 +450,16 @@ def test_max_bad_is_a_share_of_the_rows(argv, tmp_path, out):
     flags = ("--data", write_rows(tmp_path / "rows", 10, {9: EMPTY}), "--batch_size", 4)
     assert "1 rows cannot be used" in stopped(argv("sft", tmp_path / "stopped", *flags, "--max_bad", .09))
     launch(argv("sft", out, *flags, "--max_bad", .1))
+
+
+@pytest.mark.parametrize("stage, step", [("sft", 3), ("dpo", 7)])
+def test_weights_that_are_no_numbers_are_never_saved(stage, step, argv, out):
+    # by the last update before a save, or before the end, which no loss meets any more
+    def spoil(optimizer):
+        optimizer.optimizers[0].param_groups[0]["peak"] = float("nan")
+    said = stopped(argv(stage, out), {step: spoil})
+    assert re.match(r"the last step left weights that are not numbers \(vision\.", said) and not os.path.exists(out)
+    assert all(torch.isfinite(value).all() for save in saves(f"{out}.tmp") for value in MLLM.load(f"{out}.tmp/{save}").state_dict().values())
 
 
 @pytest.mark.parametrize("stage, what, step", [("sft", "gradient", 5), ("dpo", "gradient", 5), ("sft", "loss", 5), ("grpo", "gradient", 10),
