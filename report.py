@@ -162,7 +162,7 @@ def study_tables(result, n_seeds):
     number = lambda cell: f"{100 * cell['mean']:.1f}" if cell else ""
     lines = [[ARMS[arm], *(number(cells.get(arm)) for cells in rows.values()),
               f"{flops[arm] / 1e12:.2f}" if arm in flops else ""] for arm in arms]
-    contrasts = [[f"{ARMS[a]} minus {ARMS[b]}: {question}",
+    contrasts = [[f"{ARMS[a]} minus {ARMS[b]}", question,
                   *(difference_text(d[m]) if m in d else "" for m in SHOWN)]
                  for (a, b), question in CONTRASTS.items() for d in [result["differences"].get(f"{a} - {b}")] if d]
     return [(f"%, mean of {n_seeds} seed(s)", ["", *(heading for heading, _, _ in MEASURES.values()),
@@ -170,7 +170,7 @@ def study_tables(result, n_seeds):
              lines),
             (f"paired differences in %-points [95 % interval over {n_seeds} seeds]" if n_seeds > 1 else
              "paired differences in %-points; n = 1: not resolved",
-             ["", *(MEASURES[m][0] for m in SHOWN)], contrasts)]
+             ["", "the question", *(MEASURES[m][0] for m in SHOWN)], contrasts)]
 
 
 def sentences(result, n_seeds):
@@ -354,9 +354,9 @@ def draw_transplant(path, values):
     save(figure, path)
 
 
-def write(out, contents, tables, text, draw_into):
-    """Prints tables and text, and writes OUT/report.json, OUT/report.md and OUT/report.png"""
-    for table in tables:
+def write(out, contents, tables, text, draw_into, printed=None):
+    """Prints tables (or `printed` instead) and text, and writes OUT/report.json, OUT/report.md and OUT/report.png"""
+    for table in printed or tables:
         common.print_table(*table)
     print("\n" + "\n".join(text))
     os.makedirs(out, exist_ok=True)
@@ -373,8 +373,11 @@ def main():
         return report_transplant(args.seeds, args.out)
     result = summarise(args.seeds)
     text = sentences(result, len(args.seeds))
-    write(args.out, {"seeds": args.seeds, **result}, study_tables(result, len(args.seeds)), text,
-          lambda path: draw_short(path, result, len(args.seeds)))
+    arms, (title, _, lines) = tables = study_tables(result, len(args.seeds))
+    columns = [[m, *(line[i + 2] for line in lines)] for i, m in enumerate(SHOWN)]
+    narrow = title, ["", *(line[0] for line in lines)], columns                 # for a terminal
+    write(args.out, {"seeds": args.seeds, **result}, tables, text,
+          lambda path: draw_short(path, result, len(args.seeds)), [arms, narrow])
     draw(os.path.join(args.out, "all.png"), result, args.seeds, text)
     print(f"wrote {args.out}/all.png: every arm and measure, training curves, gradient maps")
 
