@@ -150,7 +150,7 @@ def write_json(path, value):
 
 
 def names(runs):
-    """Short names for run directories: the last part of the path, or the whole path where that would be ambiguous"""
+    """Short names for run directories and their vision/: the run's folder, or the whole path where that is ambiguous"""
     last = [os.path.basename(run.rstrip("/")) for run in runs]
     of_run = [os.path.basename(run.rstrip("/").removesuffix("/vision")) for run in runs]  # RUN/vision by RUN's name
     places = [os.path.realpath(run) for run in runs]

@@ -343,7 +343,7 @@ class Frozen:
             raise InputError(f"--through_connector has no --pool {what}: a connector passes patch tokens only")
         path = os.path.join(self.cache, common.digest(self.key, pictures.identity(), what) + ".npy")
         try:
-            if not parallel.all_max(os.path.exists(path)):                                 # all see it, or none
+            if not parallel.all_max(os.path.exists(path)):                              # all see it, or none
                 self.extract(pictures, what, path)
             return np.load(path, mmap_mode="r")
         except InputError:

@@ -245,7 +245,7 @@ def report_path(seeds, out):
         for axis, (what, heading) in zip(axes[0], ALONG.items()):
             for arm in PATHS:
                 for each in found:
-                    axis.plot(*each[arm][:1], each[arm][1][what], color=color_of(arm, []), linewidth=.5, alpha=.5)
+                    axis.plot(steps, each[arm][1][what], color=color_of(arm, []), linewidth=.5, alpha=.5)
                 axis.plot(steps, mean[arm][what], color=color_of(arm, []), label=PATHS[arm])
             axis.set_title(heading, fontsize=9)
             axis.set_xlabel("steps", fontsize=8)

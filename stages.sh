@@ -1,5 +1,5 @@
-# What speedrun.sh, sweep.sh, map.sh and transplant.sh share: `stage` runs a script unless its output is there, and one
-# folder holds one study. Sourced with $here, $OUT and $settings set.
+# What speedrun.sh, sweep.sh, path.sh, map.sh and transplant.sh share: `stage` runs a script unless its output is there,
+# and one folder holds one study. Sourced with $here, $OUT and $settings set.
 
 mkdir -p "$OUT"
 [ -e "$OUT/settings.txt" ] || echo "$settings" > "$OUT/settings.txt"
